@@ -1,0 +1,1 @@
+../model/processing_glmasr.py

@@ -1,0 +1,1 @@
+../model/waveform_glmasr.py

@@ -1,0 +1,228 @@
+"""Trains the bundled checkpoint from nothing on one GPU, in under 25 minutes: `python training/train.py`.
+
+Speech is synthesized first; an auxiliary CTC loss on the encoder, dropped at the end, brings alignment early.
+"""
+
+import argparse
+import functools
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import checkpoint
+import held_out
+import torch
+import torch.nn.functional as F
+from corpus import DESCRIBE, IGNORED, TRANSCRIBE, Batch, BatchPlanner, Corpus, assemble, build_corpus
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "server"))
+from glmasr_mel import LogMelSpectrogram  # noqa: E402
+
+PEAK_RATE = 1e-3
+WARM_UP_STEPS = 500
+CTC_WEIGHT = 0.5
+MASKED_BINS = 16  # each of two frequency masks hides up to this many mel bins
+REPORT_S = 20
+
+
+def new_model(path: Path) -> nn.Module:
+    """The reference model at the checkpoint's sizes, with random weights."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    for residual in [layer.fc2 for layer in model.audio_encoder.whisper.layers]:
+        nn.init.normal_(residual.weight, std=0.02 / math.sqrt(2 * config.whisper_config.encoder_layers))
+    for convolution in (model.audio_encoder.whisper.conv1, model.audio_encoder.whisper.conv2):
+        nn.init.kaiming_normal_(convolution.weight)
+        convolution.forward = functools.partial(convolve, convolution)
+    return model
+
+
+def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+    """The convolution as a matrix product: cuDNN would plan anew, for 0.3 s, at every shape it has not seen.
+
+    (C, channels, F) to (C, D, F / stride)
+    """
+    (width,), (stride,), (padding,) = convolution.kernel_size, convolution.stride, convolution.padding
+    windows = F.pad(x, (padding, padding)).unfold(2, width, stride)  # (C, channels, F / stride, width)
+    return F.linear(windows.transpose(1, 2).flatten(2), convolution.weight.flatten(1), convolution.bias).transpose(1, 2)
+
+
+def losses(model: nn.Module, ctc_head: nn.Module, mel: LogMelSpectrogram, batch: Batch, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers and CTC loss of the encoder."""
+    device = corpus.samples.device
+    samples, lengths = assemble(batch, corpus)
+    frames, num_frames = mel(samples, lengths)
+    features = mask_frequencies(pad(frames, num_frames))
+    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    labels = torch.from_numpy(batch.labels).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        states = model.audio_encoder.encode(features, num_frames)
+        audio = model.audio_encoder.adapt(states, num_frames)
+        embeds = model.model.embed_tokens(input_ids)
+        embeds = embeds.masked_scatter((input_ids == model.config.audio_token_id)[..., None], audio.to(embeds.dtype))
+        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+        kept = labels[:, 1:] != IGNORED
+        answer_loss = F.cross_entropy(model.lm_head(hidden[kept]).float(), labels[:, 1:][kept])
+        log_probabilities = F.log_softmax(ctc_head(states).float(), dim=-1).transpose(0, 1)  # (P, W, vocabulary)
+    ctc_loss = F.ctc_loss(
+        log_probabilities,
+        torch.from_numpy(batch.ctc_targets).to(device),
+        (num_frames + 1) // 2,
+        torch.from_numpy(batch.ctc_lengths).to(device),
+        blank=model.config.pad_token_id,
+        zero_infinity=True,
+    )
+    return answer_loss, ctc_loss
+
+
+def pad(frames: Tensor, num_frames: Tensor) -> Tensor:
+    """Packed frames (T, M) of clips with (C,) frames to (C, M, F), zero behind each clip."""
+    clip = torch.repeat_interleave(num_frames)
+    position = torch.arange(clip.numel(), device=frames.device) - (num_frames.cumsum(0) - num_frames)[clip]
+    features = frames.new_zeros(len(num_frames), int(num_frames.max()), frames.shape[1])
+    features[clip, position] = frames
+    return features.transpose(1, 2)
+
+
+def mask_frequencies(features: Tensor) -> Tensor:
+    """Hides two random bands of mel bins of each clip (C, M, F)."""
+    bins = torch.arange(features.shape[1], device=features.device)[:, None]
+    for _ in range(2):
+        width = torch.randint(0, MASKED_BINS, (features.shape[0], 1, 1), device=features.device)
+        start = torch.randint(0, features.shape[1], (features.shape[0], 1, 1), device=features.device)
+        features = features.masked_fill((bins >= start) & (bins < start + width), 0.0)
+    return features
+
+
+def train(model: nn.Module, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, processor, args: argparse.Namespace) -> None:
+    """Trains for `args.minutes`, the rate falling to zero by then."""
+    device = corpus.samples.device
+    ctc_head = nn.Linear(model.config.whisper_config.d_model, len(tokenizer)).to(device)
+    extractor = processor.feature_extractor
+    mel = LogMelSpectrogram(torch.from_numpy(extractor.mel_filters), extractor.n_fft, extractor.hop_length).to(device)
+    parameters = [*model.parameters(), *ctc_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
+    planner = BatchPlanner(corpus, tokenizer, args.batch_items, args.batch_seconds, seed=1)
+    loader = DataLoader(planner, batch_size=None, num_workers=args.planners, prefetch_factor=8)
+
+    began, reported, step, heard_s = time.monotonic(), 0.0, 0, 0.0
+    totals = torch.zeros(3, device=device)
+    bar = tqdm(total=round(args.minutes * 60), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
+    for batch in loader:
+        elapsed = time.monotonic() - began
+        progress = elapsed / (args.minutes * 60)
+        if progress >= 1:
+            break
+        rate = PEAK_RATE * min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        answer_loss, ctc_loss = losses(model, ctc_head, mel, batch, corpus)
+        (answer_loss + CTC_WEIGHT * ctc_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        totals += torch.stack([answer_loss.detach(), ctc_loss.detach(), torch.ones((), device=device)])
+        step, heard_s = step + 1, heard_s + batch.lengths.sum() / 16000
+        if elapsed - reported >= REPORT_S:
+            answer, ctc, count = totals.tolist()
+            totals.zero_()
+            bar.update(elapsed - bar.n)
+            bar.write(
+                f"{elapsed:5.0f} s  step {step:6d}  loss {answer / count:.4f}  ctc {ctc / count:.4f}  "
+                f"rate {rate:.1e}  {step / elapsed:.1f} steps/s  {heard_s / 3600:.0f} h heard"
+            )
+            reported = elapsed
+            if args.save_every and int(elapsed) // args.save_every > int(elapsed - REPORT_S) // args.save_every:
+                save(model, args.out)
+    bar.close()
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Writes the weights in bfloat16; the CTC head is not among them."""
+    weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    partial = path / "model.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    os.replace(partial, path / "model.safetensors")
+
+
+@torch.inference_mode()
+def answer(model: nn.Module, processor, waveforms: list, instruction: str, batch_size: int = 50) -> list[str]:
+    """Greedy answers of the reference model."""
+    texts = []
+    for i in tqdm(range(0, len(waveforms), batch_size), desc=instruction, unit="batch"):
+        conversations = [
+            [{"role": "user", "content": [{"type": "audio", "audio": waveform}, {"type": "text", "text": instruction}]}]
+            for waveform in waveforms[i : i + batch_size]
+        ]
+        inputs = processor.apply_chat_template(conversations).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+        texts += processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def evaluate(model: nn.Module, processor, count: int) -> None:
+    """Prints the scores on held-out speech and on sounds without speech, at the saved precision."""
+    model.to(torch.bfloat16).float().eval()
+    clips, sounds = held_out.speech_clips(count), held_out.non_speech_clips(count // 4)
+    waveforms = [clip.waveform for clip in clips]
+    texts = answer(model, processor, waveforms, TRANSCRIBE)
+    for noisy in (False, True):
+        chosen = [i for i, clip in enumerate(clips) if clip.noisy == noisy]
+        rates = held_out.error_rates([clips[i] for i in chosen], [texts[i] for i in chosen])
+        print("noisy" if noisy else "clean", {name: f"{rate:.2f} %" for name, rate in rates.items()})
+    print("all", {name: f"{rate:.2f} %" for name, rate in held_out.error_rates(clips, texts).items()})
+    wrong = [(clip.text, text) for clip, text in zip(clips, texts, strict=True)
+             if held_out.normalize(clip.text) != held_out.normalize(text)]  # fmt: skip
+    print(f"{len(wrong)} of {count} clips with an error, among them:")
+    for wanted, got in wrong[:20]:
+        print(f"  wanted {wanted!r}\n     got {got!r}")
+    accuracy = held_out.attribute_accuracy(clips, answer(model, processor, waveforms, DESCRIBE))
+    print("described rightly", {name: f"{share:.1f} %" for name, share in accuracy.items()})
+    silent = answer(model, processor, [clip.waveform for clip in sounds], TRANSCRIBE)
+    print(f"no text for {sum(not text for text in silent)} of {len(silent)} sounds without speech")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "checkpoint")
+    parser.add_argument("--minutes", type=float, default=16.5, help="of training, after the synthesis")
+    parser.add_argument("--sentences", type=int, default=110_000)
+    parser.add_argument("--batch-items", type=int, default=288)
+    parser.add_argument("--batch-seconds", type=float, default=1500)
+    parser.add_argument("--planners", type=int, default=8, help="processes that plan batches")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that synthesize")
+    parser.add_argument("--held-out", type=int, default=400, help="clips to evaluate on; 0 for none")
+    parser.add_argument("--save-every", type=int, default=0, help="also save the weights every so many seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it too would plan anew for every shape
+    if not (args.out / "tokenizer.json").exists():
+        checkpoint.create(args.out)
+    processor = AutoProcessor.from_pretrained(args.out, trust_remote_code=True)
+    model = new_model(args.out).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    corpus = build_corpus(args.sentences, args.processes, args.device)
+    print(f"{corpus.samples.numel() / 16000 / 3600:.1f} h of speech in {len(corpus.utterances)} utterances")
+    train(model, corpus, processor.tokenizer, processor, args)
+    save(model, args.out)
+    if args.held_out:
+        evaluate(model, processor, args.held_out)
+
+
+if __name__ == "__main__":
+    main()
