@@ -21,6 +21,7 @@ FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
+    "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
 }
@@ -52,6 +53,24 @@ EDITS = (
         '    "ChatGLMConfig": "vllm.transformers_utils.configs.chatglm",\n',
         '    "ChatGLMConfig": "vllm.transformers_utils.configs.chatglm",\n'
         '    "GlmasrConfig": "vllm.transformers_utils.configs.glmasr",\n',
+    ),
+    # Chat: flac and ogg too may be named (OpenAI's type knows wav and mp3), and wrong audio parts get a clear answer.
+    Edit(
+        "renderers/chat_utils.py",
+        "from vllm.model_executor.models import SupportsMultiModal\n",
+        "from vllm.model_executor.models import SupportsMultiModal\n"
+        "from vllm.model_executor.models.glmasr_media import AudioPart\n",
+    ),
+    Edit(
+        "renderers/chat_utils.py",
+        "ChatCompletionContentPartParam: TypeAlias = (\n    OpenAIChatCompletionContentPartParam\n",
+        "ChatCompletionContentPartParam: TypeAlias = (\n    AudioPart\n    | OpenAIChatCompletionContentPartParam\n",
+    ),
+    # Transcription: audio is decoded and resampled as in chat.
+    Edit(
+        "entrypoints/speech_to_text/base/serving.py",
+        "from vllm.multimodal.media.audio import load_audio\n",
+        "from vllm.model_executor.models.glmasr_media import load_audio\n",
     ),
 )
 

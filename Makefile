@@ -1,0 +1,30 @@
+# make demo        set up, start the server on the bundled checkpoint, transcribe wavs/, stop the server
+# make serve       set up and leave the server running; MODEL=./model make serve takes the full weights
+# make test        set up and run all tests
+# make docker-test build the image and try it in a container (installs a Docker engine if there is none)
+# make train       rebuild the bundled checkpoint on one GPU
+.PHONY: demo serve test docker-test train
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+demo: .venv/.ready
+	$(VENV_PYTHON) server/demo.py
+
+serve: .venv/.ready
+	$(VENV_PYTHON) server/registry.py
+	exec $(VENV_PYTHON) server/serve.py
+
+test: .venv/.ready
+	$(VENV_PYTHON) server/registry.py
+	$(VENV_PYTHON) -m pytest tests -rP --durations=10
+
+docker-test:
+	tests/docker/run.sh
+
+train: .venv/.ready
+	$(VENV_PYTHON) training/train.py
+
+.venv/.ready: requirements.txt requirements-test.txt server/install.sh server/registry.py
+	server/install.sh $(PYTHON)
+	touch $@
