@@ -24,10 +24,6 @@ class GlmasrProcessor(ProcessorMixin):
         audio_token: the placeholder; the text has one for each clip, `input_ids` one for each audio token.
     """
 
-    attributes = ["feature_extractor", "tokenizer"]
-    feature_extractor_class = "WhisperFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(self, feature_extractor, tokenizer, chat_template=None, merge_factor=4, audio_token="<|audio|>"):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.merge_factor = merge_factor

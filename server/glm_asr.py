@@ -64,8 +64,9 @@ LAYOUT_A_TO_B = (
     ("model.norm", "language_model.model.norm"),
     ("lm_head", "language_model.lm_head"),
 )
-# transformers 5 may write layout B with one more prefix.
+# transformers 5 may write layout B with one more prefix, or (save_pretrained of 5.19) with one doubled.
 LAYOUT_B_SAVED = (
+    ("language_model.model.model", "language_model.model"),
     ("model.audio_tower", "audio_tower"),
     ("model.multi_modal_projector", "multi_modal_projector"),
     ("model.language_model", "language_model.model"),

@@ -213,19 +213,18 @@ class GlmAsrEncoder(nn.Module):
     def forward(self, features: Tensor, num_frames: list[int]) -> Tensor:
         """Packed log-mel frames (T, M), of which each window has its number, to packed states (P, D)."""
         packing = self._pack(np.array(num_frames), features)
-        x = self._spread(features, packing)  # (1, M, slots)
-        x = F.gelu(self.conv1(x))[0].T  # (slots, D)
+        x = F.gelu(convolve(self.conv1, self._spread(features, packing)))  # (slots, D)
         x = self._spread(x[packing.frame_slots], packing)  # silence again between the windows
-        x = F.gelu(self.conv2(x))[0].T[packing.position_slots]  # (P, D)
+        x = F.gelu(convolve(self.conv2, x))[packing.position_slots]  # (P, D)
         for layer in self.layers:
             x = layer(x, packing)
         return self.norm(x)
 
     def _spread(self, rows: Tensor, packing: Packing) -> Tensor:
-        """Packed rows (T, channels) to the convolutions' input (1, channels, slots), zero between the windows."""
+        """Packed rows (T, channels) to the convolutions' input (slots, channels), zero between the windows."""
         slots = rows.new_zeros(packing.num_slots, rows.shape[1])
         slots[packing.frame_slots] = rows
-        return slots.T[None]
+        return slots
 
     def _pack(self, num_frames: np.ndarray, features: Tensor) -> Packing:
         """Lays out windows of (W,) frames.
@@ -296,6 +295,16 @@ class GlmAsrAdapter(nn.Module):
         x, _ = self.linear_1(states[rows].flatten(1))
         x, _ = self.linear_2(self.activation(x))
         return x
+
+
+def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+    """A convolution over the first dimension, (slots, channels) to (slots / stride, D), as a matrix product.
+
+    cuDNN would plan anew at every number of slots it has not seen, and packed windows rarely repeat one.
+    """
+    (width,), (stride,), (padding,) = convolution.kernel_size, convolution.stride, convolution.padding
+    windows = F.pad(x, (0, 0, padding, padding)).unfold(0, width, stride)  # (slots / stride, channels, width)
+    return F.linear(windows.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import aiohttp
 import numpy as np
 import pybase64
 import requests
 import soundfile
-from pydantic import BeforeValidator
+from pydantic import AfterValidator
+from typing_extensions import Required, TypedDict  # pydantic needs these before Python 3.12
 from urllib3.util import Url
 
 import vllm.envs as envs
@@ -33,6 +34,8 @@ FORMATS = {
     "mp3": ("audio/mp3", "audio/mpeg", "audio/x-mp3"),
 }
 ALLOWED = ", ".join(FORMATS)
+EXPECTED = {"input_audio": "an audio file in base64", "audio_url": "a data: or http(s) URL"}
+SF_ERR_SYSTEM = 2  # libsndfile's code that comes with a message about the file system
 # How each container begins. A WAV's and an AIFF's size stands between the two parts.
 SIGNATURES = {
     "wav": rb"(RIFF|RF64|RIFX).{4}WAVE",
@@ -68,17 +71,17 @@ def decode(data: bytes, max_duration_s: float, max_decode_bytes: int) -> tuple[n
     if not data:
         raise ValueError(f"the audio is empty (0 bytes); expected a {ALLOWED} file")
     limits = {"sr": None, "max_duration_s": max_duration_s, "max_decode_bytes": max_decode_bytes}
+    kind = container(data)
     try:
         return load_audio_soundfile(BytesIO(data), **limits)
     except soundfile.LibsndfileError as error:
-        if (kind := container(data)) in FORMATS:
-            damage = f"the {kind} file of {len(data)} bytes is damaged or incomplete: {error.error_string}"
-        else:
-            damage = f"{len(data)} bytes that begin with {data[:8]!r} are not audio that can be read"
+        reason = "it cannot be opened" if error.code == SF_ERR_SYSTEM else error.error_string
     try:  # m4a, webm and others
         return load_audio_pyav(BytesIO(data), **limits)
     except ValueError as error:
-        raise ValueError(f"{damage} ({error})") from error
+        if kind in FORMATS:
+            raise ValueError(f"the {kind} file of {len(data)} bytes is damaged or incomplete: {reason}") from error
+        raise ValueError(f"{len(data)} bytes that begin with {data[:8]!r} cannot be read as audio: {error}") from error
 
 
 def load_audio(
@@ -90,27 +93,34 @@ def load_audio(
     return resample_audio_soxr(waveform, orig_sr=rate, target_sr=sr), sr
 
 
-def check_audio_part(part: object) -> object:
-    """Lets through a chat message's audio part that says all it must; a refusal names what is missing.
+class AudioPartFields(TypedDict, total=False):
+    """A chat message's audio part before it is checked."""
+
+    type: Required[Literal["input_audio", "audio_url"]]
+    input_audio: Any
+    audio_url: Any
+    uuid: str | None
+
+
+def check_audio_part(part: AudioPartFields) -> AudioPartFields:
+    """Lets through an audio part that says all it must.
 
     Raises:
-        ValueError: not an audio part: pydantic tries the next type
-        VLLMValidationError: an audio part with something wrong; ends the request
+        VLLMValidationError: names what is missing or wrong (pydantic would bury a ValueError)
     """
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("input_audio", "audio_url"):
-        raise ValueError("not an audio part")
+    kind = part["type"]
     body, key = part.get(kind), "data" if kind == "input_audio" else "url"
     if not isinstance(body, dict) or not isinstance(body.get(key, ""), str):
-        raise VLLMValidationError(f"a part of type {kind!r} needs {kind!r}, an object with {key!r}, a text", kind)
-    if not body.get(key) and part.get("uuid") is None:  # vLLM finds earlier audio by its uuid
-        raise VLLMValidationError(f"{kind}.{key} is empty; expected audio in base64", kind)
+        raise VLLMValidationError(f"a part of type {kind!r} needs {kind!r}: an object with the text {key!r}", parameter=kind)
+    if not body.get(key) and part.get("uuid") is None:  # by its uuid vLLM finds earlier audio
+        raise VLLMValidationError(f"{kind}.{key} is empty; expected {EXPECTED[kind]}", parameter=kind)
     if kind == "input_audio" and body.get("format") not in FORMATS:
-        raise VLLMValidationError(f"input_audio.format is {body.get('format')!r}; expected one of {ALLOWED}", kind)
+        found = body.get("format")
+        raise VLLMValidationError(f"input_audio.format is {found!r}; expected one of {ALLOWED}", parameter=kind)
     return part
 
 
-AudioPart = Annotated[dict[str, Any], BeforeValidator(check_audio_part)]
+AudioPart = Annotated[AudioPartFields, AfterValidator(check_audio_part)]
 
 
 class GlmAsrAudioIO(AudioMediaIO):

@@ -125,6 +125,8 @@ def is_patched(package: Path) -> bool:
 
 
 def _is_applied(edit: Edit, package: Path) -> bool:
+    if not (package / edit.path).is_file():
+        raise RegistryError(f"{package} is not vLLM {VLLM_VERSION}'s: it has no {edit.path}")
     text = (package / edit.path).read_text()
     if edit.new in text:
         return True

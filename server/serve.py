@@ -73,6 +73,8 @@ def _has_weights(path: Path) -> bool:
 
 def check_port(host: str, port: str) -> None:
     """Raises ValueError where the server could not listen."""
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"PORT={port}: expected a number from 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -4,10 +4,14 @@ A batch names pieces of utterances and where they go; the device assembles, mixe
 so that the processes which plan batches never touch a sample.
 """
 
-import itertools
+import multiprocessing
+import pickle
 import random
+import shutil
+import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +25,12 @@ TOKEN_SAMPLES = 1280  # samples under one audio token
 WINDOW_S = 30
 MAX_ITEM_S = 75
 MAX_REPEATS = 4  # of one sentence, each by another voice
-NON_SPEECH_CLIPS = 1200
+SILENT_CLIPS = 0.02  # sounds without speech to a sentence
 NOISES_A_KIND = 24
 TRANSCRIBE, DESCRIBE = "Please transcribe this audio.", "Please describe this audio."
 SILENT = 0.06  # share of conversations in which nobody speaks
-SEVERAL, EASY_SEVERAL = 0.3, 0.06  # share with several sentences, and the share while alignment is being learned
 LONG = 0.15  # share of those that need more than one window
-POOL_ITEMS, EASY_POOLS = 4000, 13  # conversations planned at a time, and how many such pools of each process are easy
+POOL_ITEMS = 4000  # conversations planned at a time
 IGNORED = -100  # label of positions without a loss
 
 
@@ -43,7 +46,7 @@ class Utterance:
 
 @dataclass
 class Corpus:
-    """All utterances: `samples` (S,) int16 on the device, the rest on the host."""
+    """All utterances so far: `samples` (S,) int16 on the device, the rest on the host."""
 
     samples: Tensor
     utterances: list[Utterance]
@@ -57,8 +60,8 @@ class Corpus:
             self.by_voice.setdefault(key, []).append(index)
 
 
-def build_corpus(num_sentences: int, processes: int, device: str, seed: int = 0) -> Corpus:
-    """Synthesizes `num_sentences`, half of each language, beside silence, noise and tones."""
+def synthesize(num_sentences: int, seed: int, processes: int, folder: Path) -> None:
+    """Writes `num_sentences` as spoken, half of each language, beside silence, noise and tones, into `folder`."""
     rng, np_rng = random.Random(seed), np.random.default_rng(seed)
     jobs, drawn = [], Counter()
     while len(jobs) < num_sentences:
@@ -68,7 +71,7 @@ def build_corpus(num_sentences: int, processes: int, device: str, seed: int = 0)
         if drawn[text] <= MAX_REPEATS:
             jobs.append((text, sample_voice(language, rng)))
     sounds = list(synthesize_corpus(jobs, processes))
-    for _ in range(NON_SPEECH_CLIPS):
+    for _ in range(int(num_sentences * SILENT_CLIPS)):
         sounds.append((non_speech(np_rng, np_rng.uniform(0.3, 6)) * 32767).astype(np.int16))
         jobs.append(("", None))
     starts = np.cumsum([0] + [len(sound) for sound in sounds])
@@ -76,12 +79,51 @@ def build_corpus(num_sentences: int, processes: int, device: str, seed: int = 0)
         Utterance(text, voice, int(start), len(sound))
         for (text, voice), start, sound in zip(jobs, starts, sounds, strict=False)
     ]
-    noise = [background(kind, WINDOW_S * SAMPLE_RATE, np_rng) for kind in BACKGROUNDS for _ in range(NOISES_A_KIND)]
-    return Corpus(
-        torch.from_numpy(np.concatenate(sounds)).to(device),
-        utterances,
-        torch.from_numpy(np.stack(noise)).half().to(device),
-    )
+    np.save(folder / "samples.npy", np.concatenate(sounds))
+    (folder / "utterances.pickle").write_bytes(pickle.dumps(utterances))
+
+
+class GrowingCorpus:
+    """A corpus that other processes go on speaking while it is trained on, so that little is heard often.
+
+    Args:
+        first, more: sentences of the first round, which is waited for, and of each later one
+        processes: that synthesize
+    """
+
+    def __init__(self, first: int, more: int, processes: int, device: str):
+        rng = np.random.default_rng(0)
+        noise = [background(kind, WINDOW_S * SAMPLE_RATE, rng) for kind in BACKGROUNDS for _ in range(NOISES_A_KIND)]
+        self.more, self.processes, self.round = more, processes, 0
+        self.corpus = Corpus(torch.empty(0, dtype=torch.int16, device=device), [], torch.from_numpy(np.stack(noise)).half().to(device))
+        self.folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+        self._start(first)
+
+    def _start(self, num_sentences: int) -> None:
+        arguments = (num_sentences, self.round, self.processes, self.folder)
+        self.worker = multiprocessing.get_context("spawn").Process(target=synthesize, args=arguments)
+        self.worker.start()
+
+    @property
+    def has_more(self) -> bool:
+        return not self.worker.is_alive()
+
+    def grow(self) -> Corpus:
+        """Waits for the round under way, adds it, and starts the next one."""
+        self.worker.join()
+        if self.worker.exitcode:
+            raise RuntimeError(f"synthesizing round {self.round} ended with {self.worker.exitcode}; its error is above")
+        old, samples = self.corpus, torch.from_numpy(np.load(self.folder / "samples.npy")).to(self.corpus.samples.device)
+        added = pickle.loads((self.folder / "utterances.pickle").read_bytes())
+        added = [replace(utterance, start=utterance.start + old.samples.numel()) for utterance in added]
+        self.corpus = Corpus(torch.cat([old.samples, samples]), old.utterances + added, old.noise)
+        self.round += 1
+        self._start(self.more)
+        return self.corpus
+
+    def close(self) -> None:
+        self.worker.kill()
+        shutil.rmtree(self.folder)
 
 
 def describe(voice: Voice | None, kind: str) -> str:
@@ -135,13 +177,18 @@ class Batch:
 
 
 class BatchPlanner(IterableDataset):
-    """Endless random batches of similar length, at most `batch_items` long or `batch_seconds` of padded audio."""
+    """Endless random batches of similar length, at most `batch_items` long or `batch_seconds` of padded audio.
 
-    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, batch_items: int, batch_seconds: float, seed: int):
+    Of the conversations a share, `several`, has more than one sentence.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, batch_items: int, batch_seconds: float, several: float, seed: int
+    ):
         self.utterances, self.by_voice = corpus.utterances, corpus.by_voice
         self.voiced = [i for i, utterance in enumerate(self.utterances) if utterance.voice]
         self.tokenizer = tokenizer
-        self.batch_items, self.batch_seconds, self.seed = batch_items, batch_seconds, seed
+        self.batch_items, self.batch_seconds, self.several, self.seed = batch_items, batch_seconds, several, seed
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "{instruction}"}]}],
             tokenize=False,
@@ -152,9 +199,8 @@ class BatchPlanner(IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
-        for pool in itertools.count():
-            several = SEVERAL if pool >= EASY_POOLS else EASY_SEVERAL
-            items = [self._item(rng, several) for _ in range(POOL_ITEMS)]
+        while True:
+            items = [self._item(rng) for _ in range(POOL_ITEMS)]
             items.sort(key=lambda item: item.num_samples * rng.uniform(0.9, 1.1))
             batches, batch, longest = [], [], 0
             for item in items:
@@ -168,16 +214,16 @@ class BatchPlanner(IterableDataset):
             rng.shuffle(batches)
             yield from map(self._batch, batches)
 
-    def _item(self, rng: random.Random, several: float) -> Item:
+    def _item(self, rng: random.Random) -> Item:
         draw = rng.random()
         num_clips = 2 if rng.random() < 0.03 else 1
         describing = rng.random() < 0.15
         if draw < SILENT:
             members = [[rng.choice(self.by_voice[None])] for _ in range(num_clips)]
-        elif draw < 1 - several:
+        elif draw < 1 - self.several:
             members = [[rng.choice(self.voiced)] for _ in range(num_clips)]
         else:  # of one manner of speaking, so that it can be described
-            seconds = rng.uniform(5, 30) if draw < 1 - several * LONG else rng.uniform(30, MAX_ITEM_S)
+            seconds = rng.uniform(5, 30) if draw < 1 - self.several * LONG else rng.uniform(30, MAX_ITEM_S)
             members = [self._members(rng, seconds / num_clips) for _ in range(num_clips)]
         voice = self.utterances[members[0][0]].voice
         kind = rng.choice(BACKGROUNDS[1:]) if voice and rng.random() < (0.7 if describing else 0.6) else "quiet"

@@ -15,12 +15,12 @@ import checkpoint
 import held_out
 import torch
 import torch.nn.functional as F
-from corpus import DESCRIBE, IGNORED, TRANSCRIBE, Batch, BatchPlanner, Corpus, assemble, build_corpus
+from corpus import DESCRIBE, IGNORED, TRANSCRIBE, Batch, BatchPlanner, Corpus, GrowingCorpus, assemble
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "server"))
@@ -30,6 +30,8 @@ PEAK_RATE = 1e-3
 WARM_UP_STEPS = 500
 CTC_WEIGHT = 0.5
 MASKED_BINS = 16  # each of two frequency masks hides up to this many mel bins
+SEVERAL, EASY_SEVERAL = 0.3, 0.06  # share of conversations with several sentences: at last, and at first
+EASY_SHARE = 0.25  # of the time, in which alignment is learned
 REPORT_S = 20
 
 
@@ -107,47 +109,52 @@ def mask_frequencies(features: Tensor) -> Tensor:
     return features
 
 
-def train(model: nn.Module, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, processor, args: argparse.Namespace) -> None:
-    """Trains for `args.minutes`, the rate falling to zero by then."""
-    device = corpus.samples.device
+def train(model: nn.Module, corpus: GrowingCorpus, processor, args: argparse.Namespace) -> None:
+    """Trains for `args.minutes`, the rate falling to zero by then; takes in what is newly spoken as it comes."""
+    device, tokenizer = model.device, processor.tokenizer
     ctc_head = nn.Linear(model.config.whisper_config.d_model, len(tokenizer)).to(device)
     extractor = processor.feature_extractor
     mel = LogMelSpectrogram(torch.from_numpy(extractor.mel_filters), extractor.n_fft, extractor.hop_length).to(device)
     parameters = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
-    planner = BatchPlanner(corpus, tokenizer, args.batch_items, args.batch_seconds, seed=1)
-    loader = DataLoader(planner, batch_size=None, num_workers=args.planners, prefetch_factor=8)
 
-    began, reported, step, heard_s = time.monotonic(), 0.0, 0, 0.0
-    totals = torch.zeros(3, device=device)
-    bar = tqdm(total=round(args.minutes * 60), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
-    for batch in loader:
-        elapsed = time.monotonic() - began
-        progress = elapsed / (args.minutes * 60)
-        if progress >= 1:
-            break
-        rate = PEAK_RATE * min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        answer_loss, ctc_loss = losses(model, ctc_head, mel, batch, corpus)
-        (answer_loss + CTC_WEIGHT * ctc_loss).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        totals += torch.stack([answer_loss.detach(), ctc_loss.detach(), torch.ones((), device=device)])
-        step, heard_s = step + 1, heard_s + batch.lengths.sum() / 16000
-        if elapsed - reported >= REPORT_S:
-            answer, ctc, count = totals.tolist()
-            totals.zero_()
-            bar.update(elapsed - bar.n)
-            bar.write(
-                f"{elapsed:5.0f} s  step {step:6d}  loss {answer / count:.4f}  ctc {ctc / count:.4f}  "
-                f"rate {rate:.1e}  {step / elapsed:.1f} steps/s  {heard_s / 3600:.0f} h heard"
-            )
-            reported = elapsed
-            if args.save_every and int(elapsed) // args.save_every > int(elapsed - REPORT_S) // args.save_every:
-                save(model, args.out)
+    seconds = args.minutes * 60
+    step, heard_s, totals = 0, 0.0, torch.zeros(3, device=device)
+    bar = tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
+    spoken = corpus.grow()
+    began, reported = time.monotonic(), 0.0
+    while (elapsed := time.monotonic() - began) < seconds:
+        several = SEVERAL if elapsed > EASY_SHARE * seconds else EASY_SEVERAL
+        planner = BatchPlanner(spoken, tokenizer, args.batch_items, args.batch_seconds, several, seed=corpus.round)
+        for batch in DataLoader(planner, batch_size=None, num_workers=args.planners, prefetch_factor=8):
+            elapsed = time.monotonic() - began
+            rate = PEAK_RATE * min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1, elapsed / seconds)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            answer_loss, ctc_loss = losses(model, ctc_head, mel, batch, spoken)
+            (answer_loss + CTC_WEIGHT * ctc_loss).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            totals += torch.stack([answer_loss.detach(), ctc_loss.detach(), torch.ones((), device=device)])
+            step, heard_s = step + 1, heard_s + batch.lengths.sum() / 16000
+            if elapsed - reported >= REPORT_S:
+                answer, ctc, count = totals.tolist()
+                totals.zero_()
+                bar.update(elapsed - bar.n)
+                bar.write(
+                    f"{elapsed:5.0f} s  step {step:6d}  loss {answer / count:.4f}  ctc {ctc / count:.4f}  rate {rate:.1e}  "
+                    f"{step / elapsed:.1f} steps/s  {heard_s / 3600:.0f} h heard of {len(spoken.utterances)} utterances"
+                )
+                reported = elapsed
+                if args.save_every and int(elapsed) // args.save_every > int(elapsed - REPORT_S) // args.save_every:
+                    save(model, args.out)
+            if elapsed >= seconds or corpus.has_more:
+                break
+        if corpus.has_more and elapsed < seconds:
+            spoken = corpus.grow()
     bar.close()
+    corpus.close()
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -198,8 +205,9 @@ def evaluate(model: nn.Module, processor, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoint")
-    parser.add_argument("--minutes", type=float, default=16.5, help="of training, after the synthesis")
-    parser.add_argument("--sentences", type=int, default=110_000)
+    parser.add_argument("--minutes", type=float, default=19, help="of training")
+    parser.add_argument("--first-sentences", type=int, default=30_000, help="spoken before the training begins")
+    parser.add_argument("--sentences", type=int, default=60_000, help="spoken in each round while it goes on")
     parser.add_argument("--batch-items", type=int, default=288)
     parser.add_argument("--batch-seconds", type=float, default=1500)
     parser.add_argument("--planners", type=int, default=8, help="processes that plan batches")
@@ -216,9 +224,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.out, trust_remote_code=True)
     model = new_model(args.out).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    corpus = build_corpus(args.sentences, args.processes, args.device)
-    print(f"{corpus.samples.numel() / 16000 / 3600:.1f} h of speech in {len(corpus.utterances)} utterances")
-    train(model, corpus, processor.tokenizer, processor, args)
+    train(model, GrowingCorpus(args.first_sentences, args.sentences, args.processes, args.device), processor, args)
     save(model, args.out)
     if args.held_out:
         evaluate(model, processor, args.held_out)
