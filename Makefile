@@ -3,28 +3,30 @@
 # make test        set up and run all tests
 # make docker-test build the image and try it in a container (installs a Docker engine if there is none)
 # make train       rebuild the bundled checkpoint on one GPU
-.PHONY: demo serve test docker-test train
+.PHONY: demo serve test docker-test train patched
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-demo: .venv/.ready
+demo: patched
 	$(VENV_PYTHON) server/demo.py
 
-serve: .venv/.ready
-	$(VENV_PYTHON) server/registry.py
+serve: patched
 	exec $(VENV_PYTHON) server/serve.py
 
-test: .venv/.ready
-	$(VENV_PYTHON) server/registry.py
+test: patched
 	$(VENV_PYTHON) -m pytest tests -rP --durations=10
 
 docker-test:
 	tests/docker/run.sh
 
-train: .venv/.ready
+train: patched
 	$(VENV_PYTHON) training/train.py
 
-.venv/.ready: requirements.txt requirements-test.txt server/install.sh server/registry.py
+# Copies our files into the installed vLLM again, in case they have changed.
+patched: .venv/.ready
+	$(VENV_PYTHON) server/registry.py
+
+.venv/.ready: requirements.txt requirements-test.txt server/install.sh
 	server/install.sh $(PYTHON)
 	touch $@

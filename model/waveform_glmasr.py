@@ -9,7 +9,7 @@ import numpy as np
 
 MIN_AUDIO_S = 0.1  # below this a clip gives no audio token
 MIN_WINDOW_S = 1.0  # what a cut leaves to the last window, at least
-PAUSE_S = 0.4  # a cut is placed where the mean energy over this span is lowest
+PAUSE_S = 0.24  # a cut is placed where the mean energy over this span is lowest
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,15 @@ class AudioGeometry:
         hop_length: samples from one mel frame to the next.
         window_s: the longest stretch the encoder takes at once, in seconds.
         merge_factor: encoder positions joined into one audio token.
+        counts_partial_frames: True where samples short of a whole hop make a frame too, as in layout B's
+            reference, whose windows are filled up with silence.
     """
 
     sampling_rate: int
     hop_length: int
     window_s: int
     merge_factor: int
+    counts_partial_frames: bool = False
 
     @property
     def window_samples(self) -> int:
@@ -38,7 +41,7 @@ class AudioGeometry:
         return 2 * self.merge_factor * self.hop_length
 
     def num_frames(self, num_samples: int) -> int:
-        return num_samples // self.hop_length
+        return (num_samples + (self.hop_length - 1) * self.counts_partial_frames) // self.hop_length
 
     def num_positions(self, num_frames: int) -> int:
         """Encoder positions after the two convolutions (kernel 3, padding 1, strides 1 and 2)."""
@@ -68,6 +71,8 @@ def check_waveform(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
             f"audio is {waveform.size / sampling_rate:.3f} s long ({waveform.size} samples at {sampling_rate} Hz); "
             f"at least {MIN_AUDIO_S} s is needed"
         )
+    if not np.issubdtype(waveform.dtype, np.floating):
+        raise ValueError(f"audio has samples of type {waveform.dtype}; expected floating point from -1 to 1")
     waveform = np.ascontiguousarray(waveform, dtype=np.float32)
     if not np.isfinite(waveform).all():
         raise ValueError(f"audio has {np.count_nonzero(~np.isfinite(waveform))} NaN or infinite samples")

@@ -37,12 +37,11 @@ from vllm.transformers_utils.processor import cached_feature_extractor_from_conf
 
 from .glmasr_audio import AudioSettings, GlmAsrAdapter, GlmAsrEncoder
 from .glmasr_mel import LogMelSpectrogram
-from .waveform_glmasr import AudioGeometry, check_waveform, window_starts
+from .waveform_glmasr import PAUSE_S, AudioGeometry, check_waveform, window_starts
 from .interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP, SupportsTranscription
 from .utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 
 MAX_AUDIOS = 64  # in one prompt
-PAUSE_SAMPLES = 6400  # 0.4 s, over which vLLM's transcription route looks for the quietest moment
 
 # Module names of layout A and of layout B, which are this model's own; * is a layer's number.
 LAYOUT_A_TO_B = (
@@ -340,7 +339,7 @@ class GlmAsrForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, 
             sample_rate=extractor.sampling_rate,
             max_audio_clip_s=extractor.chunk_length,
             overlap_chunk_second=extractor.chunk_length // 2,
-            min_energy_split_window_size=PAUSE_SAMPLES,
+            min_energy_split_window_size=int(PAUSE_S * extractor.sampling_rate),
         )
 
     @classmethod
@@ -381,7 +380,10 @@ class GlmasrForConditionalGeneration(GlmAsrForConditionalGeneration):
 
 def audio_geometry(extractor: WhisperFeatureExtractor, settings: AudioSettings) -> AudioGeometry:
     """The checkpoint's own frame, window and token sizes."""
-    return AudioGeometry(extractor.sampling_rate, extractor.hop_length, extractor.chunk_length, settings.merge_factor)
+    return AudioGeometry(
+        extractor.sampling_rate, extractor.hop_length, extractor.chunk_length, settings.merge_factor,
+        counts_partial_frames=settings.pad_windows,
+    )  # fmt: skip
 
 
 def _checked(clip: np.ndarray, geometry: AudioGeometry) -> np.ndarray:

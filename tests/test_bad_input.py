@@ -72,15 +72,21 @@ def transcription_text(response: httpx.Response) -> str:
     return response.json()["text"].strip()
 
 
-def refusal(server: Server, response: httpx.Response) -> str:
-    """The message of a response that must be a 400 of OpenAI's form, after which the server still transcribes."""
+def refusal(response: httpx.Response) -> str:
+    """The message of a response that must be a 400 of OpenAI's form."""
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["code"] == 400 and error["type"] == "BadRequestError"
     message = error["message"]
     assert "Traceback" not in message and "\n" not in message and len(message) < 500, message
-    assert chat_text(post_chat(server, audio_part(WAV), TEXT)) == expected_text(SAMPLE)
     return message
+
+
+@pytest.fixture(autouse=True)
+def next_request_works(server: Server) -> Iterator[None]:
+    """Whatever a test sent, the server transcribes afterwards."""
+    yield
+    assert chat_text(post_chat(server, audio_part(WAV), TEXT)) == expected_text(SAMPLE)
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -101,34 +107,30 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("data, problem", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_by_name_in_chat(server: Server, data: bytes, problem: str):
-    assert problem in refusal(server, post_chat(server, audio_part(data), TEXT))
-
-
-@pytest.mark.parametrize("data, problem", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_by_name_in_transcription(server: Server, data: bytes, problem: str):
-    assert problem in refusal(server, post_transcription(server, data))
+def test_a_bad_file_is_refused_by_name_in_chat_and_in_transcription(server: Server, data: bytes, problem: str):
+    assert problem in refusal(post_chat(server, audio_part(data), TEXT))
+    assert problem in refusal(post_transcription(server, data))
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
 def test_a_header_cut_short_is_refused_in_every_format(server: Server, kind: str):
     cut = encoded(SPEECH, kind=kind.upper())[:50]
     problem = f"the {kind} file of 50 bytes is damaged or incomplete"
-    assert problem in refusal(server, post_chat(server, audio_part(cut, kind), TEXT))
-    assert problem in refusal(server, post_transcription(server, cut, f"speech.{kind}"))
+    assert problem in refusal(post_chat(server, audio_part(cut, kind), TEXT))
+    assert problem in refusal(post_transcription(server, cut, f"speech.{kind}"))
 
 
 def test_an_empty_file_is_refused_as_empty(server: Server):
-    assert "input_audio.data is empty" in refusal(server, post_chat(server, audio_part(b""), TEXT))
-    assert "audio is empty (0 bytes)" in refusal(server, post_chat(server, url_part("data:audio/wav;base64,"), TEXT))
-    assert "audio_url.url is empty" in refusal(server, post_chat(server, url_part(""), TEXT))
-    assert "audio is empty (0 bytes)" in refusal(server, post_transcription(server, b""))
+    assert "input_audio.data is empty" in refusal(post_chat(server, audio_part(b""), TEXT))
+    assert "audio is empty (0 bytes)" in refusal(post_chat(server, url_part("data:audio/wav;base64,"), TEXT))
+    assert "audio_url.url is empty" in refusal(post_chat(server, url_part(""), TEXT))
+    assert "audio is empty (0 bytes)" in refusal(post_transcription(server, b""))
 
 
 def test_a_part_without_its_audio_is_refused(server: Server):
     for part in ({"type": "input_audio"}, {"type": "input_audio", "input_audio": "UklG"}):
-        assert "needs 'input_audio': an object with the text 'data'" in refusal(server, post_chat(server, part, TEXT))
-    assert "needs 'audio_url': an object with the text 'url'" in refusal(server, post_chat(server, {"type": "audio_url"}))
+        assert "needs 'input_audio': an object with the text 'data'" in refusal(post_chat(server, part, TEXT))
+    assert "needs 'audio_url': an object with the text 'url'" in refusal(post_chat(server, {"type": "audio_url"}))
 
 
 # --- base64 and format names ------------------------------------------------------------------------
@@ -145,8 +147,9 @@ def test_a_part_without_its_audio_is_refused(server: Server):
     ids=["a sentence", "one wrong character", "padding lost", "not ASCII"],
 )
 def test_base64_that_is_not_is_refused_with_the_place(server: Server, data: str, problem: str):
-    for part in ({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, url_part("data:audio/wav;base64," + data)):
-        message = refusal(server, post_chat(server, part, TEXT))
+    named = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    for part in (named, url_part("data:audio/wav;base64," + data)):
+        message = refusal(post_chat(server, part, TEXT))
         assert "not base64" in message and problem in message
 
 
@@ -155,16 +158,16 @@ def test_a_format_name_that_does_not_match_the_data_is_refused_with_both(server:
     declared = "wav" if kind != "WAV" else "mp3"
     data = encoded(SPEECH, kind=kind)
     for part in (audio_part(data, declared), url_part(data_url(data, f"audio/{declared}"))):
-        assert f"declared as {declared} but is {kind.lower()}" in refusal(server, post_chat(server, part, TEXT))
+        assert f"declared as {declared} but is {kind.lower()}" in refusal(post_chat(server, part, TEXT))
 
 
 def test_an_unknown_format_name_is_refused_with_the_allowed_ones(server: Server):
     problem = "input_audio.format is 'aac'; expected one of wav, flac, ogg, mp3"
-    assert problem in refusal(server, post_chat(server, audio_part(WAV, "aac"), TEXT))
+    assert problem in refusal(post_chat(server, audio_part(WAV, "aac"), TEXT))
     nameless = {"type": "input_audio", "input_audio": {"data": base64.b64encode(WAV).decode()}}
-    assert "input_audio.format is None" in refusal(server, post_chat(server, nameless, TEXT))
+    assert "input_audio.format is None" in refusal(post_chat(server, nameless, TEXT))
     picture = url_part(data_url(WAV, "image/png"))
-    assert "media type is 'image/png'; expected audio" in refusal(server, post_chat(server, picture, TEXT))
+    assert "media type is 'image/png'; expected audio" in refusal(post_chat(server, picture, TEXT))
 
 
 # --- how many, and how much -------------------------------------------------------------------------
@@ -173,25 +176,25 @@ def test_an_unknown_format_name_is_refused_with_the_allowed_ones(server: Server)
 @pytest.mark.parametrize("audios, placeholders", [(0, 1), (1, 2), (2, 1), (3, 2)])
 def test_placeholders_that_do_not_match_the_audios_are_refused_with_both_counts(server: Server, audios: int, placeholders: int):
     text = {"type": "text", "text": PLACEHOLDER * placeholders + TRANSCRIBE}
-    message = refusal(server, post_chat(server, *[audio_part(WAV)] * audios, text))
+    message = refusal(post_chat(server, *[audio_part(WAV)] * audios, text))
     assert f"the text has {placeholders} {PLACEHOLDER} placeholders and the message {audios} audios" in message
 
 
 def test_a_plain_text_with_a_placeholder_and_no_audio_is_refused(server: Server):
-    assert "1 <|audio|> placeholders and the message 0 audios" in refusal(server, post_chat(server, PLACEHOLDER + TRANSCRIBE))
+    assert "1 <|audio|> placeholders and the message 0 audios" in refusal(post_chat(server, PLACEHOLDER + TRANSCRIBE))
 
 
 def test_more_audio_than_the_context_holds_is_refused_with_the_seconds_that_fit(server: Server):
-    message = refusal(server, post_chat(server, audio_part(wav_bytes(np.zeros(350 * RATE, np.float32))), TEXT))
+    message = refusal(post_chat(server, audio_part(wav_bytes(np.zeros(350 * RATE, np.float32))), TEXT))
     assert "350.0 s long (4375 tokens)" in message and "a context of 4096 tokens holds 326.6 s" in message
     halves = [audio_part(wav_bytes(np.zeros(170 * RATE, np.float32)))] * 2
-    assert "340.0 s long" in refusal(server, post_chat(server, *halves, TEXT))
+    assert "340.0 s long" in refusal(post_chat(server, *halves, TEXT))
 
 
 def test_64_audios_are_taken_and_65_refused(server: Server):
     part = audio_part(wav_bytes(np.zeros(RATE // 10, np.float32)))
     assert post_chat(server, *[part] * MAX_AUDIOS, TEXT).status_code == 200
-    assert f"At most {MAX_AUDIOS} audio(s)" in refusal(server, post_chat(server, *[part] * (MAX_AUDIOS + 1), TEXT))
+    assert f"At most {MAX_AUDIOS} audio(s)" in refusal(post_chat(server, *[part] * (MAX_AUDIOS + 1), TEXT))
 
 
 # --- URLs -------------------------------------------------------------------------------------------
@@ -222,15 +225,14 @@ def test_audio_behind_an_http_url_is_transcribed(server: Server, site: str):
 
 
 def test_a_url_without_audio_is_refused(server: Server, site: str):
-    assert "HTTP 404" in refusal(server, post_chat(server, url_part(f"{site}/nothing.wav"), TEXT))
-    assert "begin with b'<html>lo'" in refusal(server, post_chat(server, url_part(f"{site}/page.html"), TEXT))
+    assert "HTTP 404" in refusal(post_chat(server, url_part(f"{site}/nothing.wav"), TEXT))
+    assert "begin with b'<html>lo'" in refusal(post_chat(server, url_part(f"{site}/page.html"), TEXT))
 
 
 @pytest.mark.parametrize(
     "url, problem",
     [
         ("http://127.0.0.1:1/speech.wav", "cannot fetch the audio_url 'http://127.0.0.1:1/speech.wav'"),
-        ("https://nowhere.invalid/speech.wav", "cannot fetch the audio_url 'https://nowhere.invalid/speech.wav'"),
         ("file:///etc/hostname", "file: URLs are not allowed here"),
         ("ftp://127.0.0.1/speech.wav", "must be either a HTTP, data or file URL"),
         ("speech.wav", "must be either a HTTP, data or file URL"),
@@ -239,7 +241,7 @@ def test_a_url_without_audio_is_refused(server: Server, site: str):
     ],
 )
 def test_a_url_that_cannot_be_fetched_is_refused(server: Server, url: str, problem: str):
-    assert problem in refusal(server, post_chat(server, url_part(url), TEXT))
+    assert problem in refusal(post_chat(server, url_part(url), TEXT))
 
 
 def test_a_host_that_is_not_allowed_is_refused():

@@ -184,16 +184,17 @@ def cut(name: str) -> Callable[[Weights], Weights]:
     return lambda weights: weights | {name: weights[name][:-1].clone()}
 
 
+NEEDED = (CONV1, ENCODER_K, ADAPTER, DECODER_K, DECODER_UP, NORM, EMBEDDING)
 # Fault → what it does to the weights, the weight that must be named, and how.
 FAULTS: dict[str, tuple[Callable[[Weights], Weights], str, str]] = {
     f"{word} {name}": (change(name), name, how)
     for word, change, names, how in (
-        ("missing", without, (CONV1, ENCODER_K, ADAPTER, DECODER_K, DECODER_UP, NORM, EMBEDDING), "the checkpoint lacks 1 weights: "),
+        ("missing", without, NEEDED, "the checkpoint lacks 1 weights: "),
         ("extra", extra, (EXTRA, EXTRA_ENCODER, EXTRA_DECODER), "cannot be loaded"),
-        ("cut", cut, (CONV1, ENCODER_K, ADAPTER, DECODER_K, DECODER_UP, NORM, EMBEDDING), "cannot be loaded"),
+        ("cut", cut, NEEDED, "cannot be loaded"),
     )
     for name in names
-}  # fmt: skip
+}
 
 
 def save_faulty(folder: Path, fault: Callable[[Weights], Weights]) -> Path:

@@ -1,5 +1,6 @@
 """model/waveform_glmasr.py: token counts against transformers' native processor, cuts at pauses, refused waveforms."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -56,6 +57,13 @@ def test_the_native_processor_itself_expands_to_as_many_placeholders(native, sec
     assert int((ids == native.audio_token_id).sum()) == GEOMETRY.num_tokens(clip.size)
 
 
+def test_layout_b_counts_a_partial_frame_as_the_native_processor_does(native):
+    geometry = dataclasses.replace(GEOMETRY, counts_partial_frames=True)
+    for num_samples in np.random.default_rng(0).integers(RATE // 10, 60 * RATE, 40):
+        ids = native(text=["<|audio|>"], audio=[noise(num_samples, 0)])["input_ids"]
+        assert int((ids == native.audio_token_id).sum()) == geometry.num_tokens(num_samples)
+
+
 @pytest.mark.parametrize("geometry", [GEOMETRY, SMALL], ids=["model", "another geometry"])
 def test_a_long_clip_falls_into_windows_that_fit_and_join_to_the_clip(geometry):
     rng = np.random.default_rng(1)
@@ -77,7 +85,7 @@ def test_a_clip_of_at_most_one_window_is_not_cut(num_samples):
     assert window_starts(noise(num_samples, 0), GEOMETRY) == [0]
 
 
-@pytest.mark.parametrize("pause_s", [0.3, 0.5, 1.0])  # shorter ones are averaged with what is beside them
+@pytest.mark.parametrize("pause_s", [0.2, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_cut_falls_into_a_pause_and_never_into_a_burst(seed, pause_s):
     clip, silent = bursts(seed, pause_s)
@@ -111,10 +119,11 @@ def test_a_waveform_comes_back_as_contiguous_float32():
         (np.float32(0), "audio has shape (); expected one channel, shape (samples,)"),
         (np.zeros(0), "audio is 0.000 s long (0 samples at 16000 Hz); at least 0.1 s is needed"),
         (np.zeros(1599), "audio is 0.100 s long (1599 samples at 16000 Hz); at least 0.1 s is needed"),
+        (np.zeros(RATE, np.int16), "audio has samples of type int16; expected floating point from -1 to 1"),
         (np.full(RATE, np.nan), "audio has 16000 NaN or infinite samples"),
         (np.append(np.zeros(RATE), [np.inf, -np.inf]), "audio has 2 NaN or infinite samples"),
     ],
-    ids=["two channels", "a number", "nothing", "too short", "NaN", "infinite"],
+    ids=["two channels", "a number", "nothing", "too short", "integers", "NaN", "infinite"],
 )
 def test_a_waveform_that_cannot_be_used_is_refused_with_what_is_wrong(waveform, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

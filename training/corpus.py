@@ -5,9 +5,11 @@ so that the processes which plan batches never touch a sample.
 """
 
 import multiprocessing
+import os
 import pickle
 import random
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -62,6 +64,7 @@ class Corpus:
 
 def synthesize(num_sentences: int, seed: int, processes: int, folder: Path) -> None:
     """Writes `num_sentences` as spoken, half of each language, beside silence, noise and tones, into `folder`."""
+    os.setpgrp()  # so that `close` ends this process and those it starts
     rng, np_rng = random.Random(seed), np.random.default_rng(seed)
     jobs, drawn = [], Counter()
     while len(jobs) < num_sentences:
@@ -122,7 +125,8 @@ class GrowingCorpus:
         return self.corpus
 
     def close(self) -> None:
-        self.worker.kill()
+        if self.worker.is_alive():
+            os.killpg(self.worker.pid, signal.SIGKILL)
         shutil.rmtree(self.folder)
 
 
