@@ -158,7 +158,10 @@ class GlmAsrAudioIO(AudioMediaIO):
 
 @MEDIA_CONNECTOR_REGISTRY.register("glmasr")
 class GlmAsrMediaConnector(MediaConnector):
-    """vLLM's connector, whose failures to get audio are the client's errors; chosen by VLLM_MEDIA_CONNECTOR=glmasr."""
+    """vLLM's connector, but failures to get audio are the client's errors, and a URL's host must be allowed by name.
+
+    Chosen by VLLM_MEDIA_CONNECTOR=glmasr.
+    """
 
     def fetch_audio(self, audio_url: str) -> tuple[np.ndarray, float]:
         with _unreachable(audio_url):
@@ -177,6 +180,13 @@ class GlmAsrMediaConnector(MediaConnector):
         if not url.partition(",")[0].endswith(";base64"):
             raise ValueError(f"the URL begins with {url[:32]!r}; expected data:audio/FORMAT;base64,DATA")
         return super()._load_data_url(url, media_io)
+
+    def _assert_url_in_allowed_media_domains(self, url_spec: Url) -> None:
+        if not self.allowed_media_domains:
+            raise ValueError(
+                "http(s) URLs are not allowed here (the server has no --allowed-media-domains); send a data: URL"
+            )
+        super()._assert_url_in_allowed_media_domains(url_spec)
 
     def _load_file_url(self, url_spec: Url, media_io):
         if self.allowed_local_media_path is None:

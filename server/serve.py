@@ -29,6 +29,9 @@ SETTINGS = {
     "API_KEY": ("--api-key", "EMPTY"),
 }
 OPEN_KEY = "EMPTY"  # this key means that none is asked for
+# No cache of decoded audio: fresh audio never hits it, and after a client has left in the midst of a stream vLLM 0.32
+# takes windows for cached that the engine never got, and answers the next request for them without text.
+FLAGS = ["--mm-processor-cache-gb", "0"]
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 CPU_FLAGS = ["--enforce-eager"]  # compiling takes longer than it saves
 ONE_PROCESS = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]  # starts sooner
@@ -100,10 +103,10 @@ def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": "glmasr", **environment}
     if not environment.get("CUDA_VISIBLE_DEVICES"):
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty would hide every GPU
-    flags = []
+    flags = FLAGS
     if importlib.metadata.version("vllm").endswith("+cpu"):
         environment = {**CPU_ENVIRONMENT, **environment}
-        flags += CPU_FLAGS + (ONE_PROCESS if chosen["--tensor-parallel-size"] == "1" else [])
+        flags = FLAGS + CPU_FLAGS + (ONE_PROCESS if chosen["--tensor-parallel-size"] == "1" else [])
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *flags]
     return [*serve, *(part for pair in chosen.items() for part in pair), *arguments], environment
 

@@ -244,12 +244,16 @@ def test_a_url_that_cannot_be_fetched_is_refused(server: Server, url: str, probl
     assert problem in refusal(post_chat(server, url_part(url), TEXT))
 
 
-def test_a_host_that_is_not_allowed_is_refused():
+def test_a_host_that_is_not_allowed_is_refused(server: Server):
+    problem = "allowed domains: ['127.0.0.1', 'localhost']. Input URL domain: recordings.example"
+    assert problem in refusal(post_chat(server, url_part("http://recordings.example/speech.wav"), TEXT))
+
+
+def test_no_host_is_allowed_by_default():
     from vllm.model_executor.models.glmasr_media import GlmAsrMediaConnector
 
-    connector = GlmAsrMediaConnector(allowed_media_domains=["recordings.example"])
-    with pytest.raises(ValueError, match=r"allowed domains: \['recordings.example'\]. Input URL domain: 127.0.0.1"):
-        asyncio.run(connector.fetch_audio_async("http://127.0.0.1:1/speech.wav"))
+    with pytest.raises(ValueError, match="not allowed here .the server has no --allowed-media-domains"):
+        asyncio.run(GlmAsrMediaConnector().fetch_audio_async("http://127.0.0.1:1/speech.wav"))
 
 
 # --- audio that is odd, and works -------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 import time
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import soundfile
-from clients import DESCRIBE, MAX_TOKENS, MODEL, TRANSCRIBE, WAVS, Reference, ask, ask_all, audio_part, chat, expected_text
+from clients import (
+    DESCRIBE, MAX_TOKENS, MODEL, TRANSCRIBE, WAVS, Reference, ask, ask_all, audio_part, chat, expected_text, wav_bytes,
+)  # fmt: skip
 from conftest import CHECKPOINT, Server
 
 START_LIMIT_S = 60
@@ -92,6 +95,18 @@ def test_a_streamed_answer_is_the_same_text(server: Server):
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert len(pieces) > 10
     assert "".join(pieces) == expected_text(wav)
+
+
+def test_a_client_that_leaves_a_stream_takes_no_text_from_the_next_one(server: Server):
+    wav = next(wav for wav in WAVS if wav.stem == "en_long")
+    waveform, _ = soundfile.read(wav, dtype="float32")
+    data = {"file": ("long.wav", wav_bytes(waveform * 0.99))}  # audio that no test has sent yet, of two windows
+    form = {"model": MODEL, "temperature": "0", "stream": "true"}
+    url = f"{server.url}/v1/audio/transcriptions"
+    with httpx.stream("POST", url, files=data, data=form, timeout=60) as response:
+        next(response.iter_lines())
+    text = httpx.post(url, files=data, data=form | {"stream": "false"}, timeout=60).json()["text"]
+    assert text.strip() == expected_text(wav)
 
 
 def test_a_description_names_the_language(server: Server):
