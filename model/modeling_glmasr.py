@@ -3,7 +3,6 @@
 This is the reference: plain torch, one obvious way. server/ holds the fast one.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -87,7 +86,9 @@ class GlmasrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the text has {wanted} audio placeholders; the audio gives {audio.shape[0]} embeddings")
         return inputs_embeds.masked_scatter(placeholders[..., None], audio.to(inputs_embeds.dtype))
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, input_features=None, num_frames=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, input_features=None, num_frames=None, **kwargs
+    ):
         """Hands the audio to the first step only; later steps find it in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         first = past_key_values is None or past_key_values.get_seq_length() == 0

@@ -65,6 +65,7 @@ class Corpus:
 def synthesize(num_sentences: int, seed: int, processes: int, folder: Path) -> None:
     """Writes `num_sentences` as spoken, half of each language, beside silence, noise and tones, into `folder`."""
     os.setpgrp()  # so that `close` ends this process and those it starts
+    os.nice(10)  # the training comes first
     rng, np_rng = random.Random(seed), np.random.default_rng(seed)
     jobs, drawn = [], Counter()
     while len(jobs) < num_sentences:
@@ -98,7 +99,8 @@ class GrowingCorpus:
         rng = np.random.default_rng(0)
         noise = [background(kind, WINDOW_S * SAMPLE_RATE, rng) for kind in BACKGROUNDS for _ in range(NOISES_A_KIND)]
         self.more, self.processes, self.round = more, processes, 0
-        self.corpus = Corpus(torch.empty(0, dtype=torch.int16, device=device), [], torch.from_numpy(np.stack(noise)).half().to(device))
+        nothing = torch.empty(0, dtype=torch.int16, device=device)
+        self.corpus = Corpus(nothing, [], torch.from_numpy(np.stack(noise)).half().to(device))
         self.folder = Path(tempfile.mkdtemp(prefix="corpus-"))
         self._start(first)
 
@@ -125,8 +127,11 @@ class GrowingCorpus:
         return self.corpus
 
     def close(self) -> None:
-        if self.worker.is_alive():
+        """Ends the round under way."""
+        try:
             os.killpg(self.worker.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended, or has only just been started
+            self.worker.kill()
         shutil.rmtree(self.folder)
 
 
@@ -187,7 +192,13 @@ class BatchPlanner(IterableDataset):
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, batch_items: int, batch_seconds: float, several: float, seed: int
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerFast,
+        batch_items: int,
+        batch_seconds: float,
+        several: float,
+        seed: int,
     ):
         self.utterances, self.by_voice = corpus.utterances, corpus.by_voice
         self.voiced = [i for i, utterance in enumerate(self.utterances) if utterance.voice]

@@ -109,51 +109,69 @@ def mask_frequencies(features: Tensor) -> Tensor:
     return features
 
 
+class Trainer:
+    """The model, the CTC head that goes in the end, their optimizer, and the losses since the last report."""
+
+    def __init__(self, model: nn.Module, processor):
+        extractor, vocabulary = processor.feature_extractor, len(processor.tokenizer)
+        self.model = model
+        self.ctc_head = nn.Linear(model.config.whisper_config.d_model, vocabulary).to(model.device)
+        self.mel = LogMelSpectrogram(torch.from_numpy(extractor.mel_filters), extractor.n_fft, extractor.hop_length)
+        self.mel.to(model.device)
+        self.parameters = [*model.parameters(), *self.ctc_head.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=model.device.type == "cuda"
+        )
+        self.steps, self.heard_s = 0, 0.0
+        self.totals = torch.zeros(3, device=model.device)  # answer loss, CTC loss, batches
+
+    def step(self, batch: Batch, corpus: Corpus, progress: float) -> None:
+        """One update, at `progress` from 0 to 1 of the schedule: a warm-up, then a cosine to zero."""
+        self.steps += 1
+        rate = PEAK_RATE * min(1, self.steps / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        answer_loss, ctc_loss = losses(self.model, self.ctc_head, self.mel, batch, corpus)
+        (answer_loss + CTC_WEIGHT * ctc_loss).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.totals += torch.stack([answer_loss.detach(), ctc_loss.detach(), torch.ones_like(ctc_loss)])
+        self.heard_s += batch.lengths.sum() / 16000
+
+    def report(self, elapsed: float) -> str:
+        """A line on the batches since the last report."""
+        answer, ctc, count = self.totals.tolist()
+        self.totals.zero_()
+        return (
+            f"{elapsed:5.0f} s  step {self.steps:6d}  loss {answer / count:.4f}  ctc {ctc / count:.4f}  "
+            f"{self.steps / elapsed:.1f} steps/s  {self.heard_s / 3600:.0f} h heard"
+        )
+
+
 def train(model: nn.Module, corpus: GrowingCorpus, processor, args: argparse.Namespace) -> None:
     """Trains for `args.minutes`, the rate falling to zero by then; takes in what is newly spoken as it comes."""
-    device, tokenizer = model.device, processor.tokenizer
-    ctc_head = nn.Linear(model.config.whisper_config.d_model, len(tokenizer)).to(device)
-    extractor = processor.feature_extractor
-    mel = LogMelSpectrogram(torch.from_numpy(extractor.mel_filters), extractor.n_fft, extractor.hop_length).to(device)
-    parameters = [*model.parameters(), *ctc_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
-
-    seconds = args.minutes * 60
-    step, heard_s, totals = 0, 0.0, torch.zeros(3, device=device)
-    bar = tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s {postfix}")
+    trainer, seconds = Trainer(model, processor), args.minutes * 60
     spoken = corpus.grow()
-    began, reported = time.monotonic(), 0.0
+    bar = tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s")
+    began, reports = time.monotonic(), 0
     while (elapsed := time.monotonic() - began) < seconds:
         several = SEVERAL if elapsed > EASY_SHARE * seconds else EASY_SEVERAL
-        planner = BatchPlanner(spoken, tokenizer, args.batch_items, args.batch_seconds, several, seed=corpus.round)
+        planner = BatchPlanner(spoken, processor.tokenizer, args.batch_items, args.batch_seconds, several, seed=corpus.round)
         for batch in DataLoader(planner, batch_size=None, num_workers=args.planners, prefetch_factor=8):
             elapsed = time.monotonic() - began
-            rate = PEAK_RATE * min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1, elapsed / seconds)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            answer_loss, ctc_loss = losses(model, ctc_head, mel, batch, spoken)
-            (answer_loss + CTC_WEIGHT * ctc_loss).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            totals += torch.stack([answer_loss.detach(), ctc_loss.detach(), torch.ones((), device=device)])
-            step, heard_s = step + 1, heard_s + batch.lengths.sum() / 16000
-            if elapsed - reported >= REPORT_S:
-                answer, ctc, count = totals.tolist()
-                totals.zero_()
-                bar.update(elapsed - bar.n)
-                bar.write(
-                    f"{elapsed:5.0f} s  step {step:6d}  loss {answer / count:.4f}  ctc {ctc / count:.4f}  rate {rate:.1e}  "
-                    f"{step / elapsed:.1f} steps/s  {heard_s / 3600:.0f} h heard of {len(spoken.utterances)} utterances"
-                )
-                reported = elapsed
-                if args.save_every and int(elapsed) // args.save_every > int(elapsed - REPORT_S) // args.save_every:
-                    save(model, args.out)
+            trainer.step(batch, spoken, min(1, elapsed / seconds))
+            if elapsed // REPORT_S > reports:
+                reports = elapsed // REPORT_S
+                bar.update(round(elapsed) - bar.n)
+                bar.write(f"{trainer.report(elapsed)} of {len(spoken.utterances)} utterances")
+                save(model, args.out)
             if elapsed >= seconds or corpus.has_more:
                 break
         if corpus.has_more and elapsed < seconds:
             spoken = corpus.grow()
     bar.close()
+    save(model, args.out)
     corpus.close()
 
 
@@ -213,7 +231,6 @@ def main() -> None:
     parser.add_argument("--planners", type=int, default=8, help="processes that plan batches")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that synthesize")
     parser.add_argument("--held-out", type=int, default=400, help="clips to evaluate on; 0 for none")
-    parser.add_argument("--save-every", type=int, default=0, help="also save the weights every so many seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -225,7 +242,6 @@ def main() -> None:
     model = new_model(args.out).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     train(model, GrowingCorpus(args.first_sentences, args.sentences, args.processes, args.device), processor, args)
-    save(model, args.out)
     if args.held_out:
         evaluate(model, processor, args.held_out)
 
