@@ -28,7 +28,7 @@ class LogMelSpectrogram(nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.register_buffer("filters", mel_filters.float(), persistent=False)
-        self.register_buffer("taper", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("taper", torch.hann_window(n_fft, dtype=torch.float32), persistent=False)
 
     @torch.no_grad()
     def forward(self, samples: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,3 +89,13 @@ def test_different_sounds_packed_together_do_not_touch_one_another(extractor):
 def test_frames_are_counted_per_window(extractor):
     clips = [noise(length) for length in LENGTHS]
     assert [len(features) for features in packed(device_mel(extractor), clips)] == [n // 160 for n in LENGTHS]
+
+
+def test_a_model_in_half_precision_has_the_same_features(extractor):
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it makes a model
+    try:
+        mel = device_mel(extractor)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    clip = spoken(5 * RATE)
+    assert largest_difference(packed(mel, [clip]), [expected(extractor, clip)]) < MAX_DIFFERENCE
