@@ -10,7 +10,7 @@ import soundfile
 from clients import (
     DESCRIBE, MAX_TOKENS, MODEL, TRANSCRIBE, WAVS, Reference, ask, ask_all, audio_part, chat, expected_text, wav_bytes,
 )  # fmt: skip
-from conftest import CHECKPOINT, Server
+from conftest import CHECKPOINT, Server, run_server
 
 START_LIMIT_S = 60
 CLIP_LIMIT_S = 1.5
@@ -119,6 +119,14 @@ def test_a_description_names_the_language(server: Server):
 def test_translation_is_refused(server: Server):
     with pytest.raises(openai.BadRequestError, match="only transcribes"):
         server.client.audio.translations.create(model=MODEL, file=WAVS[0])
+
+
+def test_a_key_that_is_set_is_asked_for(tmp_path):
+    with run_server(tmp_path / "server.log", API_KEY="a secret") as locked:
+        url = f"{locked.url}/v1/models"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": "Bearer another"}).status_code == 401
+        assert httpx.get(url, headers={"Authorization": "Bearer a secret"}).status_code == 200
 
 
 def test_a_start_takes_less_than_a_minute(server: Server):
