@@ -20,6 +20,7 @@ STAGES = {
 
 
 def is_healthy(port: int) -> bool:
+    """True if the server on this machine's `port` would answer a request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/health")
@@ -46,6 +47,17 @@ def wait(server: subprocess.Popen, port: int) -> bool:
     return True
 
 
+def stop(server: subprocess.Popen) -> None:
+    """Ends a server that was started in a session of its own, with all its processes."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGINT)
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 def main() -> int:
     port = int(os.environ.get("PORT") or 8300)
     print(f"starting the server on port {port} (log: {LOG})", flush=True)
@@ -61,12 +73,7 @@ def main() -> int:
         client = [sys.executable, str(ROOT / "test_vllm_api.py"), "--base-url", f"http://localhost:{port}/v1"]
         return subprocess.run(client, check=False).returncode
     finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        stop(server)
         print("the server is stopped", flush=True)
 
 

@@ -1,13 +1,10 @@
 """What the tests share: the project's folders on the path, and one real server on the bundled checkpoint."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoint"
 START_S = 300  # a server that is not healthy by then has failed
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "server"), str(ROOT / "model"), str(ROOT)]
+
+from demo import is_healthy, stop  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -47,26 +46,13 @@ def run_server(log: Path, *options: str, **settings: str) -> Iterator[Server]:
             env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        while not is_healthy(f"http://127.0.0.1:{port}"):
+        while not is_healthy(port):
             assert process.poll() is None, f"the server ended with {process.returncode}:\n{tail(log)}"
             assert time.monotonic() - began < START_S, f"not healthy after {START_S} s:\n{tail(log)}"
             time.sleep(0.2)
         yield Server(f"http://127.0.0.1:{port}", time.monotonic() - began, log)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+        stop(process)
 
 
 def free_port() -> int:
