@@ -11,14 +11,14 @@ import random
 import shutil
 import signal
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from sentences import LANGUAGES, training_sentence
-from speech import BACKGROUNDS, SAMPLE_RATE, Voice, background, non_speech, sample_voice, synthesize_corpus
+from speech import BACKGROUNDS, PACE_WPM, PITCH, SAMPLE_RATE, Voice, background, non_speech, sample_voice, synthesize_corpus
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
@@ -27,13 +27,15 @@ TOKEN_SAMPLES = 1280  # samples under one audio token
 WINDOW_S = 30
 MAX_ITEM_S = 75
 MAX_REPEATS = 4  # of one sentence, each by another voice
-SILENT_CLIPS = 0.02  # sounds without speech to a sentence
+SILENT_CLIPS, SILENT_S = 0.1, (0.3, 12)  # sounds without speech to a sentence, and their lengths
+KEPT_ROUNDS = 4  # of what is spoken, older ones are forgotten: 30 GB on the device
 NOISES_A_KIND = 24
 TRANSCRIBE, DESCRIBE = "Please transcribe this audio.", "Please describe this audio."
-SILENT = 0.06  # share of conversations in which nobody speaks
 LONG = 0.15  # share of those that need more than one window
 POOL_ITEMS = 4000  # conversations planned at a time
 IGNORED = -100  # label of positions without a loss
+# What a window's voice is told apart by; None where nobody speaks.
+VOICES = [None, *((language, gender, pace) for language in LANGUAGES for gender in PITCH for pace in PACE_WPM[language])]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Utterance:
     voice: Voice | None
     start: int  # first sample in Corpus.samples
     length: int
+
+    @property
+    def manner(self) -> tuple[str, str, str] | None:
+        """One of VOICES."""
+        return (self.voice.language, self.voice.gender, self.voice.pace) if self.voice else None
 
 
 @dataclass
@@ -57,16 +64,14 @@ class Corpus:
 
     def __post_init__(self):
         for index, utterance in enumerate(self.utterances):
-            voice = utterance.voice
-            key = (voice.language, voice.gender, voice.pace) if voice else None
-            self.by_voice.setdefault(key, []).append(index)
+            self.by_voice.setdefault(utterance.manner, []).append(index)
 
 
 def synthesize(num_sentences: int, seed: int, processes: int, folder: Path) -> None:
     """Writes `num_sentences` as spoken, half of each language, beside silence, noise and tones, into `folder`."""
     os.setpgrp()  # so that `close` ends this process and those it starts
     os.nice(10)  # the training comes first
-    rng, np_rng = random.Random(seed), np.random.default_rng(seed)
+    rng = random.Random(seed)
     jobs, drawn = [], Counter()
     while len(jobs) < num_sentences:
         language = LANGUAGES[len(jobs) % 2]
@@ -74,14 +79,12 @@ def synthesize(num_sentences: int, seed: int, processes: int, folder: Path) -> N
         drawn[text] += 1
         if drawn[text] <= MAX_REPEATS:
             jobs.append((text, sample_voice(language, rng)))
-    sounds = list(synthesize_corpus(jobs, processes))
-    for _ in range(int(num_sentences * SILENT_CLIPS)):
-        sounds.append((non_speech(np_rng, np_rng.uniform(0.3, 6)) * 32767).astype(np.int16))
-        jobs.append(("", None))
+    silent = [(rng.uniform(*SILENT_S), rng.getrandbits(63)) for _ in range(int(num_sentences * SILENT_CLIPS))]
+    sounds = list(synthesize_corpus(jobs + silent, processes))
     starts = np.cumsum([0] + [len(sound) for sound in sounds])
     utterances = [
         Utterance(text, voice, int(start), len(sound))
-        for (text, voice), start, sound in zip(jobs, starts, sounds, strict=False)
+        for (text, voice), start, sound in zip(jobs + [("", None)] * len(silent), starts, sounds, strict=False)
     ]
     np.save(folder / "samples.npy", np.concatenate(sounds))
     (folder / "utterances.pickle").write_bytes(pickle.dumps(utterances))
@@ -99,8 +102,8 @@ class GrowingCorpus:
         rng = np.random.default_rng(0)
         noise = [background(kind, WINDOW_S * SAMPLE_RATE, rng) for kind in BACKGROUNDS for _ in range(NOISES_A_KIND)]
         self.more, self.processes, self.round = more, processes, 0
-        nothing = torch.empty(0, dtype=torch.int16, device=device)
-        self.corpus = Corpus(nothing, [], torch.from_numpy(np.stack(noise)).half().to(device))
+        self.noise = torch.from_numpy(np.stack(noise)).half().to(device)
+        self.rounds: deque[tuple[Tensor, list[Utterance]]] = deque(maxlen=KEPT_ROUNDS)
         self.folder = Path(tempfile.mkdtemp(prefix="corpus-"))
         self._start(first)
 
@@ -118,13 +121,17 @@ class GrowingCorpus:
         self.worker.join()
         if self.worker.exitcode:
             raise RuntimeError(f"synthesizing round {self.round} ended with {self.worker.exitcode}; its error is above")
-        old, samples = self.corpus, torch.from_numpy(np.load(self.folder / "samples.npy")).to(self.corpus.samples.device)
-        added = pickle.loads((self.folder / "utterances.pickle").read_bytes())
-        added = [replace(utterance, start=utterance.start + old.samples.numel()) for utterance in added]
-        self.corpus = Corpus(torch.cat([old.samples, samples]), old.utterances + added, old.noise)
+        mapped = np.load(self.folder / "samples.npy", mmap_mode="c")  # the next round overwrites the file
+        samples = torch.from_numpy(mapped).to(self.noise.device, copy=True)
+        self.rounds.append((samples, pickle.loads((self.folder / "utterances.pickle").read_bytes())))
         self.round += 1
         self._start(self.more)
-        return self.corpus
+
+        utterances, start = [], 0
+        for samples, spoken in self.rounds:
+            utterances += [replace(utterance, start=utterance.start + start) for utterance in spoken]
+            start += samples.numel()
+        return Corpus(torch.cat([samples for samples, _ in self.rounds]), utterances, self.noise)
 
     def close(self) -> None:
         """Ends the round under way."""
@@ -183,13 +190,19 @@ class Batch:
     labels: np.ndarray  # (B, length), IGNORED but for the answer
     ctc_targets: np.ndarray  # (all windows' tokens,)
     ctc_lengths: np.ndarray  # (W,)
+    manner: np.ndarray  # (2, W): indices of VOICES and BACKGROUNDS
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of all conversations, those in which nobody speaks and those with several sentences."""
+
+    silent: float
+    several: float
 
 
 class BatchPlanner(IterableDataset):
-    """Endless random batches of similar length, at most `batch_items` long or `batch_seconds` of padded audio.
-
-    Of the conversations a share, `several`, has more than one sentence.
-    """
+    """Endless random batches of similar length, at most `batch_items` long or `batch_seconds` of padded audio."""
 
     def __init__(
         self,
@@ -197,13 +210,13 @@ class BatchPlanner(IterableDataset):
         tokenizer: PreTrainedTokenizerFast,
         batch_items: int,
         batch_seconds: float,
-        several: float,
+        shares: Shares,
         seed: int,
     ):
         self.utterances, self.by_voice = corpus.utterances, corpus.by_voice
         self.voiced = [i for i, utterance in enumerate(self.utterances) if utterance.voice]
         self.tokenizer = tokenizer
-        self.batch_items, self.batch_seconds, self.several, self.seed = batch_items, batch_seconds, several, seed
+        self.batch_items, self.batch_seconds, self.shares, self.seed = batch_items, batch_seconds, shares, seed
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "{instruction}"}]}],
             tokenize=False,
@@ -233,16 +246,16 @@ class BatchPlanner(IterableDataset):
         draw = rng.random()
         num_clips = 2 if rng.random() < 0.03 else 1
         describing = rng.random() < 0.15
-        if draw < SILENT:
+        if draw < self.shares.silent:
             members = [[rng.choice(self.by_voice[None])] for _ in range(num_clips)]
-        elif draw < 1 - self.several:
+        elif draw < 1 - self.shares.several:
             members = [[rng.choice(self.voiced)] for _ in range(num_clips)]
         else:  # of one manner of speaking, so that it can be described
-            seconds = rng.uniform(5, 30) if draw < 1 - self.several * LONG else rng.uniform(30, MAX_ITEM_S)
+            seconds = rng.uniform(5, 30) if draw < 1 - self.shares.several * LONG else rng.uniform(30, MAX_ITEM_S)
             members = [self._members(rng, seconds / num_clips) for _ in range(num_clips)]
         voice = self.utterances[members[0][0]].voice
         kind = rng.choice(BACKGROUNDS[1:]) if voice and rng.random() < (0.7 if describing else 0.6) else "quiet"
-        placed = [self._place(clip, rng) for clip in members]
+        placed = [self._place(clip, rng) if voice else self._whole(clip) for clip in members]
         describing = describing and num_clips == 1
         answer = describe(voice, kind) if describing else join_texts([self._text(clip) for clip in members])
         return Item(
@@ -262,6 +275,10 @@ class BatchPlanner(IterableDataset):
         while (total := total + self.utterances[members[-1]].length / SAMPLE_RATE + 0.5) < seconds:
             members.append(rng.choice(same))
         return members
+
+    def _whole(self, members: list[int]) -> tuple[list[list[tuple[int, int]]], list[int]]:
+        """A sound without speech as a window of its own, no silence around it that would give it away."""
+        return [[(members[0], 0)]], [self.utterances[members[0]].length]
 
     def _place(self, members: list[int], rng: random.Random) -> tuple[list[list[tuple[int, int]]], list[int]]:
         """Sets utterances one behind the other with pauses, in as many windows as they need."""
@@ -302,7 +319,13 @@ class BatchPlanner(IterableDataset):
             labels=labels,
             ctc_targets=np.array([token for tokens in spoken for token in tokens], np.int64),
             ctc_lengths=np.array([len(tokens) for tokens in spoken]),
+            manner=np.array([self._manner(item, window) for item, window, _ in windows]).T,
         )
+
+    def _manner(self, item: Item, window: list[tuple[int, int]]) -> tuple[int, int]:
+        """Indices of the window's voice and background; IGNORED for a background that is all there is to hear."""
+        voice = self.utterances[window[0][0]].manner
+        return VOICES.index(voice), BACKGROUNDS.index(item.kind) if voice else IGNORED
 
     def _sequences(self, items: list[Item]) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and answer of each conversation, (B, length) ids and labels."""

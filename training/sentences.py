@@ -15,6 +15,7 @@ from pathlib import Path
 LANGUAGES = ("en", "zh")
 HELD_OUT_ONE_IN = 20
 MAX_INTEGER_DIGITS = 6
+JUMBLED = 0.1  # share of what training speaks
 
 Spell = Callable[[random.Random], str]
 
@@ -267,14 +268,24 @@ def sentence(language: str, rng: random.Random) -> str:
     return FINISH[language](load_grammar(language).expand("sentence", rng))
 
 
+def jumble(language: str, rng: random.Random) -> str:
+    """Words without sense, so that they are heard and not guessed: of any sentences, held out ones among them."""
+    if language == "en":
+        words = [word for _ in range(4) for word in re.findall("[A-Za-z]+", sentence(language, rng))[1:]] or ["Yes"]
+        return finish_english(" ".join(rng.sample(words, min(len(words), rng.randrange(2, 9)))) + ".")
+    words = [entry[0] for entries in load_grammar(language).words.values() for entry in entries]
+    return "".join(rng.choices(words, k=rng.randrange(2, 6))) + "。"
+
+
 def is_held_out(text: str) -> bool:
     """Whether the sentence belongs to the tests; the same on every machine, one sentence in twenty."""
     return zlib.crc32(text.encode("utf-8")) % HELD_OUT_ONE_IN == 0
 
 
 def training_sentence(language: str, rng: random.Random) -> str:
-    """One random sentence that is not held out."""
-    while is_held_out(text := sentence(language, rng)):
+    """One random sentence that is not held out, or now and then a jumble of words."""
+    draw = jumble if rng.random() < JUMBLED else sentence
+    while is_held_out(text := draw(language, rng)):
         pass
     return text
 

@@ -182,19 +182,6 @@ def synthesize(text: str, voice: Voice) -> np.ndarray:
     return (speech * min(1, PEAK / peak)).astype(np.float32)
 
 
-def _synthesize_chunk(jobs: list[tuple[str, Voice]]) -> list[np.ndarray]:
-    return [np.rint(synthesize(text, voice) * 32767).astype(np.int16) for text, voice in jobs]
-
-
-def synthesize_corpus(jobs: list[tuple[str, Voice]], processes: int) -> Iterator[np.ndarray]:
-    """Yields each job's speech in order, [n] int16 at SAMPLE_RATE, from that many worker processes."""
-    chunks = [jobs[i : i + 64] for i in range(0, len(jobs), 64)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool, tqdm(total=len(jobs), unit="clip") as bar:
-        for chunk in pool.imap(_synthesize_chunk, chunks):
-            yield from chunk
-            bar.update(len(chunk))
-
-
 # --- Noise ----------------------------------------------------------------------------------------
 
 BACKGROUNDS = ("quiet", "hiss", "rumble", "hum")
@@ -275,6 +262,28 @@ def non_speech(rng: np.random.Generator, seconds: float) -> np.ndarray:
     else:
         sound = _tones(kind, np.arange(n) / SAMPLE_RATE, rng)
     return np.clip(sound * level, -1, 1).astype(np.float32)
+
+
+# --- Many at a time -------------------------------------------------------------------------------
+
+Job = tuple[str, Voice] | tuple[float, int]  # what to say and by whom, or seconds of non-speech and a seed
+
+
+def _synthesize_chunk(jobs: list[Job]) -> list[np.ndarray]:
+    sounds = [
+        synthesize(what, how) if isinstance(how, Voice) else non_speech(np.random.default_rng(how), what)
+        for what, how in jobs
+    ]
+    return [np.rint(sound * 32767).astype(np.int16) for sound in sounds]
+
+
+def synthesize_corpus(jobs: list[Job], processes: int) -> Iterator[np.ndarray]:
+    """Yields each job's sound in order, [n] int16 at SAMPLE_RATE, from that many worker processes."""
+    chunks = [jobs[i : i + 64] for i in range(0, len(jobs), 64)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool, tqdm(total=len(jobs), unit="clip") as bar:
+        for chunk in pool.imap(_synthesize_chunk, chunks):
+            yield from chunk
+            bar.update(len(chunk))
 
 
 def main() -> None:
