@@ -44,7 +44,8 @@ def answer(job: Path) -> None:
 
     wanted = json.loads((job / "job.json").read_text())
     clips = list(np.load(job / "clips.npz").values())
-    engine = LLM(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8, **wanted["options"])
+    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}  # engines share one GPU
+    engine = LLM(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8, **memory, **wanted["options"])
     requests = [{"prompt": wanted["prompt"], "multi_modal_data": {"audio": [clip]}} for clip in clips]
     greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False}
     answers = {}
@@ -79,7 +80,7 @@ def record_logits(model: nn.Module) -> None:
 
     def recording(hidden_states: Tensor) -> Tensor:
         logits = compute(hidden_states)
-        RECORDED.append(logits.float().clone())
+        RECORDED.append(logits.float().cpu().clone())
         return logits
 
     model.compute_logits = recording
@@ -111,7 +112,8 @@ class Packing:
     @staticmethod
     @torch.no_grad()
     def _embed(model: nn.Module, clips: list[np.ndarray]) -> list[Tensor]:
-        waveforms = [torch.from_numpy(clip) for clip in clips]
+        device = next(model.parameters()).device
+        waveforms = [torch.from_numpy(clip).to(device) for clip in clips]
         return list(model.embed_multimodal(waveform=waveforms, window_starts=[torch.tensor([0])] * len(clips)))
 
 
@@ -168,7 +170,6 @@ def run(job: Path, wanted: dict) -> None:
     """Has another process do a job; an engine with one worker runs wholly in that process."""
     (job / "job.json").write_text(json.dumps(wanted))
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines run beside one another
