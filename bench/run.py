@@ -1,7 +1,7 @@
 """Upstream's GLM-ASR and this one, one after the other on this machine, the same sizes and clips: `python bench/run.py`.
 
-Prints a table and writes it with all figures to bench/results/. On a GPU the full model's
-sizes with random weights; without one, two of its layers.
+Prints a table and writes it with all figures to bench/results/. On a GPU the full model's sizes with random weights;
+without one, two of its layers.
 """
 
 import argparse
