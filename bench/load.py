@@ -84,11 +84,7 @@ def body(workload: Workload, samples: np.ndarray) -> tuple[bytes, str]:
         form.append(value).set_content_disposition("form-data", name=name)
     part = form.append(buffer.getvalue(), {"Content-Type": MEDIA_TYPES[workload.encoding]})
     part.set_content_disposition("form-data", name="file", filename=f"clip.{workload.encoding}")
-    return asyncio.run(_written(form)), form.headers["Content-Type"]
-
-
-async def _written(form: aiohttp.MultipartWriter) -> bytes:
-    return await form.as_bytes()
+    return asyncio.run(form.as_bytes()), form.headers["Content-Type"]
 
 
 def _client(url: str, workload: Workload, lengths: list[float], in_flight: int, seed: int, barrier, results) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GlmAsrConfig, GlmAsrProcessor, WhisperFeatureExtractor
+from transformers import AutoConfig, AutoTokenizer, GlmAsrConfig, GlmAsrProcessor, PreTrainedConfig, WhisperFeatureExtractor
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, BUNDLED = ROOT / "model", ROOT / "checkpoint"
@@ -42,14 +42,10 @@ def layout_a(folder: Path, layers: int | None = None) -> Path:
     return folder
 
 
-def layout_b(folder: Path, layers: int | None = None) -> Path:
-    """Writes the same model as `zai-org/GLM-ASR-Nano-2512` has it."""
-    layout_a(folder, layers)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+def native_config(config: PreTrainedConfig, dtype: str) -> GlmAsrConfig:
+    """Layout B's names for layout A's sizes."""
     encoder = config.whisper_config
-    native = GlmAsrConfig(
-        architectures=["GlmAsrForConditionalGeneration"],
+    return GlmAsrConfig(
         audio_config={
             "hidden_size": encoder.d_model,
             "intermediate_size": encoder.encoder_ffn_dim,
@@ -59,14 +55,24 @@ def layout_b(folder: Path, layers: int | None = None) -> Path:
             "hidden_act": encoder.activation_function,
         },
         text_config=config.lm_config.to_dict(),
-        audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        audio_token_id=config.audio_token_id,
         projector_hidden_act=config.mlp_adapter_act,
         tie_word_embeddings=False,
-        dtype="bfloat16",
+        dtype=dtype,
     )
+
+
+def layout_b(folder: Path, layers: int | None = None) -> Path:
+    """Writes the same model as `zai-org/GLM-ASR-Nano-2512` has it."""
+    layout_a(folder, layers)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    native = native_config(config, dtype="bfloat16")
+    native.architectures = ["GlmAsrForConditionalGeneration"]
+    native.audio_token_id = tokenizer.convert_tokens_to_ids("<|pad|>")
     shutil.rmtree(folder)
     native.save_pretrained(folder)
-    extractor = WhisperFeatureExtractor(feature_size=encoder.num_mel_bins)
+    extractor = WhisperFeatureExtractor(feature_size=config.whisper_config.num_mel_bins)
     GlmAsrProcessor(extractor, tokenizer, chat_template=TEMPLATE_B).save_pretrained(folder)
     extractor.save_pretrained(folder)
     _write_no_weights(folder)

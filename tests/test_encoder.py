@@ -220,7 +220,7 @@ def layout_a(folder: Path) -> Path:
 def layout_b(folder: Path) -> Path:
     """A small random checkpoint of layout B as save_pretrained writes it, its placeholder the token <|pad|>."""
     small_checkpoint(folder)
-    config = native_config(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+    config = native_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
     config.audio_token_id = tokenizer.convert_tokens_to_ids("<|pad|>")
     shutil.rmtree(folder)

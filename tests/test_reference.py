@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench.models import native_config
 from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,9 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     BatchFeature,
-    GlmAsrConfig,
     GlmAsrForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -75,26 +74,6 @@ def small_model(folder: Path, seed: int = 0) -> PreTrainedModel:
     return model.float().eval()
 
 
-def native_config(config: PreTrainedConfig) -> GlmAsrConfig:
-    """Layout B's names for layout A's sizes."""
-    encoder = config.whisper_config
-    return GlmAsrConfig(
-        audio_config={
-            "hidden_size": encoder.d_model,
-            "intermediate_size": encoder.encoder_ffn_dim,
-            "num_hidden_layers": encoder.encoder_layers,
-            "num_attention_heads": encoder.encoder_attention_heads,
-            "num_mel_bins": encoder.num_mel_bins,
-            "hidden_act": encoder.activation_function,
-        },
-        text_config=config.lm_config.to_dict(),
-        audio_token_id=config.audio_token_id,
-        projector_hidden_act=config.mlp_adapter_act,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
-
-
 def split_halves(weight: Tensor, num_heads: int) -> Tensor:
     """Reorders the first half of each head of (heads × width, ...) from neighbouring pairs to two halves."""
     heads = weight.unflatten(0, (num_heads, -1))
@@ -118,7 +97,7 @@ def native_weights(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tens
 
 def native_model(model: PreTrainedModel) -> GlmAsrForConditionalGeneration:
     """transformers' own model with the reference's weights; every weight finds its place."""
-    native = GlmAsrForConditionalGeneration(native_config(model.config))
+    native = GlmAsrForConditionalGeneration(native_config(model.config, dtype="float32"))
     native.load_state_dict(native_weights(model.state_dict(), model.config.whisper_config.encoder_attention_heads))
     return native.float().eval()
 
