@@ -10,7 +10,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BatchFeature, GlmAsrConfig, GlmAsrProcessor, WhisperFeatureExtractor
 
@@ -36,7 +35,9 @@ from vllm.transformers_utils.configs.glmasr import GlmasrConfig
 from vllm.transformers_utils.processor import cached_feature_extractor_from_config, cached_processor_from_config
 
 from .glmasr_audio import AudioSettings, GlmAsrAdapter, GlmAsrEncoder
+from .glmasr_graphs import Clip, EncoderGraphs
 from .glmasr_mel import LogMelSpectrogram
+from .glmasr_packing import PackedWindows, Packer
 from .waveform_glmasr import PAUSE_S, AudioGeometry, check_waveform, window_starts
 from .interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP, SupportsTranscription
 from .utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
@@ -159,7 +160,7 @@ class GlmAsrMultiModalProcessor(BaseMultiModalProcessor[GlmAsrProcessingInfo]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
-            "waveform": MultiModalFieldConfig.batched("audio"),
+            "waveform": MultiModalFieldConfig.batched("audio", keep_on_cpu=True),
             "window_starts": MultiModalFieldConfig.batched("audio", keep_on_cpu=True),
         }
 
@@ -199,7 +200,9 @@ class GlmAsrMultiModalProcessor(BaseMultiModalProcessor[GlmAsrProcessingInfo]):
 @MULTIMODAL_REGISTRY.register_processor(
     GlmAsrMultiModalProcessor, info=GlmAsrProcessingInfo, dummy_inputs=GlmAsrDummyInputsBuilder
 )
-class GlmAsrForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA, SupportsTranscription):
+class GlmAsrForConditionalGeneration(
+    nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA, SupportsTranscription, EncoderGraphs
+):
     """Audio encoder, adapter and Llama decoder, for checkpoints of both layouts."""
 
     supported_languages = {"zh": "Chinese", "en": "English", "yue": "Cantonese"}
@@ -220,12 +223,17 @@ class GlmAsrForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, 
         self.settings = AudioSettings.from_config(self.config)
         extractor = cached_feature_extractor_from_config(model_config)
         self.geometry = audio_geometry(extractor, self.settings)
+        padded = self.geometry.window_samples if self.settings.pad_windows else None
+        self.packer = Packer(self.geometry, extractor.n_fft, padded)
 
         with self._mark_tower_model(vllm_config, "audio"):
             self.mel = LogMelSpectrogram(
                 torch.tensor(extractor.mel_filters), extractor.n_fft, extractor.hop_length
             )
-            self.audio_tower = GlmAsrEncoder(self.settings, quant_config, maybe_prefix(prefix, "audio_tower"))
+            max_positions = self.geometry.num_positions(self.geometry.num_frames(self.geometry.window_samples))
+            self.audio_tower = GlmAsrEncoder(
+                self.settings, max_positions, quant_config, maybe_prefix(prefix, "audio_tower")
+            )
             self.multi_modal_projector = GlmAsrAdapter(
                 self.settings, quant_config, maybe_prefix(prefix, "multi_modal_projector")
             )
@@ -252,34 +260,40 @@ class GlmAsrForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, 
         """Embeds clips, all windows of all clips in one pass.
 
         Args:
-            waveform: for each clip (samples,) float32
-            window_starts: for each clip (windows,), the first sample of each window
+            waveform: for each clip (samples,) float32, on the host
+            window_starts: for each clip (windows,), the first sample of each window, on the host
 
         Returns:
             for each clip (audio tokens, decoder width)
         """
         if "waveform" not in kwargs:
             return []
-        clips = list(kwargs["waveform"])
-        windows = [  # of each clip
-            clip.tensor_split(starts[1:].cpu()) for clip, starts in zip(clips, kwargs["window_starts"], strict=True)
-        ]
-        counts = [[self.geometry.num_window_tokens(window.numel()) for window in of_clip] for of_clip in windows]
-        embeddings = self._embed_windows([window for of_clip in windows for window in of_clip], sum(counts, []))
-        return embeddings.split([sum(of_clip) for of_clip in counts])
+        clips = self.clips(kwargs)
+        embeddings = self.embed(self.pack(clips))
+        return embeddings.split([sum(clip.num_tokens) for clip in clips])
 
-    def _embed_windows(self, windows: list[Tensor], num_tokens: list[int]) -> Tensor:
-        """Windows, each (samples,), that give so many tokens, to packed embeddings (N, E)."""
-        geometry = self.geometry
-        if self.settings.pad_windows:
-            windows = [F.pad(window, (0, geometry.window_samples - window.numel())) for window in windows]
-        lengths = [window.numel() for window in windows]
-        num_frames = [geometry.num_frames(length) for length in lengths]
-        samples = torch.cat(windows)
-        features, _ = self.mel(samples, torch.tensor(lengths, device=samples.device))
-        states = self.audio_tower(features.to(self.audio_tower.conv1.weight.dtype), num_frames)
-        num_positions = [geometry.num_positions(frames) for frames in num_frames]
-        return self.multi_modal_projector(states, num_positions, num_tokens)
+    def clips(self, inputs: Mapping[str, object]) -> list[Clip]:
+        """The clips of `embed_multimodal`'s arguments, cut into their windows."""
+        return [
+            self._clip(np.split(waveform.numpy(), starts[1:].numpy()))
+            for waveform, starts in zip(inputs["waveform"], inputs["window_starts"], strict=True)
+        ]
+
+    def _clip(self, windows: list[np.ndarray]) -> Clip:
+        num_tokens = [self.geometry.num_window_tokens(window.size) for window in windows]
+        return Clip(windows, num_tokens, sum(self.packer.token_places(window.size) for window in windows))
+
+    def pack(self, clips: list[Clip]) -> PackedWindows:
+        """All windows of all clips, on the device."""
+        windows = [window for clip in clips for window in clip.windows]
+        num_tokens = [count for clip in clips for count in clip.num_tokens]
+        return self.packer.pack(windows, num_tokens, self.mel.taper.device)
+
+    def embed(self, packed: PackedWindows) -> Tensor:
+        """Packed windows to their audio tokens' embeddings (N, E)."""
+        features = self.mel(packed.samples, packed.window, packed.bounds.numel() - 1)
+        states = self.audio_tower(features.to(self.audio_tower.conv1.weight.dtype), packed)
+        return self.multi_modal_projector(states, packed.token)
 
     def forward(
         self,

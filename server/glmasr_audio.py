@@ -2,14 +2,13 @@
 
 Both checkpoint layouts run through these lines; `AudioSettings` is all that tells them apart.
 
-Shapes: W windows, T mel frames, P positions and N audio tokens of all windows, M mel bins, D encoder
-width, H heads of this rank, E decoder width. "Packed" means the windows' rows one behind the other.
+Shapes: W windows; S slots, P positions and N audio tokens of all of them (see glmasr_packing.py); M mel bins,
+D encoder width, H heads of this rank, E decoder width. "Packed" means the windows' rows one behind the other.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +19,11 @@ from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.configs.glmasr import GlmasrConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from .glmasr_packing import PackedWindows
 from .utils import AutoWeightsLoader, WeightsMapper
 from .whisper import _create_fake_bias_for_k_proj
 
@@ -101,24 +103,52 @@ class AudioSettings:
         )
 
 
+def fused(function):
+    """Makes one kernel of the function on a GPU; elsewhere it stays as it is."""
+    return torch.compile(function) if current_platform.is_cuda_alike() else function
+
+
+@fused
+def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of two (P, D), normalized, and the sum."""
+    total = x + residual
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+@fused
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pair_shape: tuple[int, int], pair_dim: int) -> Tensor:
+    """Turns the first dimensions of each head of (P, heads, width), as many as `pair_shape` has."""
+    num_turned = pair_shape[0] * pair_shape[1]
+    turned, kept = x.split([num_turned, x.shape[-1] - num_turned], dim=-1)
+    a, b = turned.unflatten(-1, pair_shape).unbind(pair_dim)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=pair_dim)
+    return torch.cat([turned.flatten(-2), kept], dim=-1)
+
+
 @dataclass(frozen=True)
-class Packing:
-    """Where each window's rows are, and what attention needs to keep the windows apart.
+class Attending:
+    """What every layer's attention needs to know of the packed windows.
 
     Attributes:
-        num_slots: frames of the convolutions' input, the windows with silence between them.
-        frame_slots: (T,) slot of each frame.
-        position_slots: (P,) output of the strided convolution for each position.
         cos, sin: (P, 1, rotary_dim / 2) rotation of each position within its window.
-        attention: keyword arguments of MMEncoderAttention.
+        bounds: (W + 1,) int32, the first position of each window, and the end of the last.
+        longest: positions of the longest possible window, a scalar on the host.
     """
 
-    num_slots: int
-    frame_slots: Tensor
-    position_slots: Tensor
     cos: Tensor
     sin: Tensor
-    attention: dict[str, Tensor | None]
+    bounds: Tensor
+    longest: Tensor
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """A LayerNorm that first adds the residual, in one kernel."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(P, D), and the residual if there is one yet, to the norm of their sum, and the sum."""
+        if residual is None:
+            return super().forward(x), x
+        return add_and_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class EncoderAttention(nn.Module):
@@ -129,32 +159,27 @@ class EncoderAttention(nn.Module):
         head_width = settings.width // settings.num_heads
         self.pair_dim = -1 if settings.rotary_pairs else -2
         self.pair_shape = (settings.rotary_dim // 2, 2) if settings.rotary_pairs else (2, settings.rotary_dim // 2)
-        self.rotary_dim = settings.rotary_dim
         self.num_heads = settings.num_heads // get_tensor_model_parallel_world_size()
         self.qkv_proj = QKVParallelLinear(
             settings.width, head_width, settings.num_heads, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
         )
         self.attn = MMEncoderAttention(self.num_heads, head_width, prefix=f"{prefix}.attn")
+        if self.attn.attn_backend == AttentionBackendEnum.FLASHINFER:
+            raise ValueError("GLM-ASR's encoder takes --mm-encoder-attn-backend FLASH_ATTN, TRITON_ATTN or TORCH_SDPA")
         self.o_proj = RowParallelLinear(
             settings.width, settings.width, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, attending: Attending) -> Tensor:
         """(P, D) to (P, D)."""
         qkv, _ = self.qkv_proj(x)  # (P, 3 D / ranks)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each (P, H, D / heads)
-        q, k = self._rotate(q, packing), self._rotate(k, packing)
-        x = self.attn(q[None], k[None], v[None], **packing.attention)  # (1, P, H, D / heads)
+        heads = qkv.unflatten(-1, (3 * self.num_heads, -1))  # those of the queries, of the keys and of the values
+        turned = rotate(heads[:, : 2 * self.num_heads], attending.cos, attending.sin, self.pair_shape, self.pair_dim)
+        q, k = turned.split(self.num_heads, dim=1)  # each (P, H, D / heads)
+        v = heads[:, 2 * self.num_heads :]
+        x = self.attn(q[None], k[None], v[None], cu_seqlens=attending.bounds, max_seqlen=attending.longest)
         x, _ = self.o_proj(x[0].flatten(1))
         return x
-
-    def _rotate(self, x: Tensor, packing: Packing) -> Tensor:
-        """Turns the first `rotary_dim` dimensions of each head of (P, H, D / heads)."""
-        turned, kept = x.split([self.rotary_dim, x.shape[-1] - self.rotary_dim], dim=-1)
-        a, b = turned.unflatten(-1, self.pair_shape).unbind(self.pair_dim)
-        cos, sin = packing.cos, packing.sin
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=self.pair_dim)
-        return torch.cat([turned.flatten(-2), kept], dim=-1)
 
 
 class EncoderMLP(nn.Module):
@@ -182,15 +207,16 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, settings: AudioSettings, quant_config: QuantizationConfig | None, prefix: str):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(settings.width)
+        self.input_layernorm = AddLayerNorm(settings.width)
         self.self_attn = EncoderAttention(settings, quant_config, f"{prefix}.self_attn")
-        self.post_attention_layernorm = nn.LayerNorm(settings.width)
+        self.post_attention_layernorm = AddLayerNorm(settings.width)
         self.mlp = EncoderMLP(settings, quant_config, f"{prefix}.mlp")
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(P, D) to (P, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), packing)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, residual: Tensor | None, attending: Attending) -> tuple[Tensor, Tensor]:
+        """(P, D) and what is to be added to it, to the same of the next layer."""
+        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, attending), residual)
+        return self.mlp(x), residual
 
 
 class GlmAsrEncoder(nn.Module):
@@ -200,69 +226,36 @@ class GlmAsrEncoder(nn.Module):
         orig_to_new_stacked={f".{name}_proj": (".qkv_proj", name) for name in ("q", "k", "v")}
     )
 
-    def __init__(self, settings: AudioSettings, quant_config: QuantizationConfig | None, prefix: str):
+    def __init__(
+        self, settings: AudioSettings, max_positions: int, quant_config: QuantizationConfig | None, prefix: str
+    ):
+        """`max_positions` is how many the longest window has."""
         super().__init__()
-        self.settings = settings
         self.conv1 = nn.Conv1d(settings.num_mel_bins, settings.width, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(settings.width, settings.width, kernel_size=3, stride=2, padding=1)
         self.layers = nn.ModuleList(
             EncoderLayer(settings, quant_config, f"{prefix}.layers.{i}") for i in range(settings.num_layers)
         )
-        self.norm = nn.LayerNorm(settings.width)
+        self.norm = AddLayerNorm(settings.width)
+        dimension = torch.arange(0, settings.rotary_dim, 2, dtype=torch.float32)
+        frequency = settings.rotary_base ** (-dimension / settings.rotary_dim)
+        angle = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequency
+        self.register_buffer("cos", angle.cos().to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("sin", angle.sin().to(torch.get_default_dtype()), persistent=False)
+        self.longest = torch.tensor(max_positions, dtype=torch.int32, device="cpu")
 
-    def forward(self, features: Tensor, num_frames: list[int]) -> Tensor:
-        """Packed log-mel frames (T, M), of which each window has its number, to packed states (P, D)."""
-        packing = self._pack(np.array(num_frames), features)
-        x = F.gelu(convolve(self.conv1, self._spread(features, packing)))  # (slots, D)
-        x = self._spread(x[packing.frame_slots], packing)  # silence again between the windows
-        x = F.gelu(convolve(self.conv2, x))[packing.position_slots]  # (P, D)
+    def forward(self, features: Tensor, packed: PackedWindows) -> Tensor:
+        """Log-mel frames (S, M), zero where there is silence between windows, to packed states (P, D)."""
+        silent = (packed.window == 0)[:, None]
+        x = F.gelu(convolve(self.conv1, features)).masked_fill(silent, 0.0)  # (S, D)
+        x = F.gelu(convolve(self.conv2, x))[packed.slot]  # (P, D)
+        cos, sin = self.cos[packed.place][:, None], self.sin[packed.place][:, None]
+        attending = Attending(cos, sin, packed.bounds, self.longest)
+        residual = None
         for layer in self.layers:
-            x = layer(x, packing)
-        return self.norm(x)
-
-    def _spread(self, rows: Tensor, packing: Packing) -> Tensor:
-        """Packed rows (T, channels) to the convolutions' input (slots, channels), zero between the windows."""
-        slots = rows.new_zeros(packing.num_slots, rows.shape[1])
-        slots[packing.frame_slots] = rows
-        return slots
-
-    def _pack(self, num_frames: np.ndarray, features: Tensor) -> Packing:
-        """Lays out windows of (W,) frames.
-
-        Every window begins on an even slot, as the strided convolution needs, with at least one
-        silent slot behind it: what the convolutions' own padding is at the end of a clip.
-        """
-        device, dtype = features.device, features.dtype
-        num_positions = (num_frames + 1) // 2
-        first_slots = np.cumsum(2 * num_positions + 2) - (2 * num_positions + 2)
-        frame_slots = np.repeat(first_slots - _starts(num_frames), num_frames) + np.arange(num_frames.sum())
-        positions = np.arange(num_positions.sum()) - np.repeat(_starts(num_positions), num_positions)
-        position_slots = np.repeat(first_slots // 2, num_positions) + positions
-
-        settings = self.settings
-        frequency = settings.rotary_base ** (-np.arange(0, settings.rotary_dim, 2) / settings.rotary_dim)
-        angles = positions[:, None].astype(np.float32) * frequency.astype(np.float32)
-        angles = torch.from_numpy(angles).to(device)[:, None]
-        return Packing(
-            num_slots=int((2 * num_positions + 2).sum()),
-            frame_slots=torch.from_numpy(frame_slots).to(device),
-            position_slots=torch.from_numpy(position_slots).to(device),
-            cos=angles.cos().to(dtype),
-            sin=angles.sin().to(dtype),
-            attention=self._attention_arguments(num_positions, device),
-        )
-
-    def _attention_arguments(self, num_positions: np.ndarray, device: torch.device) -> dict[str, Tensor | None]:
-        """What the chosen attention backend needs to know of windows with (W,) positions."""
-        backend = self.layers[0].self_attn.attn.attn_backend
-        bounds = np.concatenate([[0], np.cumsum(num_positions)]).astype(np.int32)  # (W + 1,)
-        return {
-            "max_seqlen": torch.tensor(MMEncoderAttention.compute_max_seqlen(backend, bounds), dtype=torch.int32, device="cpu"),
-            "sequence_lengths": MMEncoderAttention.maybe_compute_seq_lens(backend, bounds, device),
-            "cu_seqlens": MMEncoderAttention.maybe_recompute_cu_seqlens(
-                backend, bounds, self.settings.width, get_tensor_model_parallel_world_size(), device
-            ),
-        }
+            x, residual = layer(x, residual, attending)
+        x, _ = self.norm(x, residual)
+        return x
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads the encoder's weights; `k_proj` has no bias, so its part of the joint bias is zero."""
@@ -285,14 +278,10 @@ class GlmAsrAdapter(nn.Module):
         )
         self.activation = get_act_fn(settings.adapter_activation)
 
-    def forward(self, states: Tensor, num_positions: list[int], num_tokens: list[int]) -> Tensor:
-        """Packed states (P, D), of which each window gives its number of tokens, to packed embeddings (N, E)."""
-        begins = _starts(np.array(num_positions))
-        counts = np.array(num_tokens)
-        within = np.arange(counts.sum()) - np.repeat(_starts(counts), counts)  # token within its window
-        first = np.repeat(begins, counts) + within * self.merge_factor  # (N,) first position of each token
-        rows = torch.from_numpy(first).to(states.device)[:, None] + torch.arange(self.merge_factor, device=states.device)
-        x, _ = self.linear_1(states[rows].flatten(1))
+    def forward(self, states: Tensor, token: Tensor) -> Tensor:
+        """Packed states (P, D) to embeddings (N, E), each of the positions from `token` (N,) on."""
+        joined = token[:, None] + torch.arange(self.merge_factor, device=states.device)
+        x, _ = self.linear_1(states[joined].flatten(1))
         x, _ = self.linear_2(self.activation(x))
         return x
 
@@ -304,9 +293,5 @@ def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
     """
     (width,), (stride,), (padding,) = convolution.kernel_size, convolution.stride, convolution.padding
     windows = F.pad(x, (0, 0, padding, padding)).unfold(0, width, stride)  # (slots / stride, channels, width)
-    return F.linear(windows.flatten(1), convolution.weight.flatten(1), convolution.bias)
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """(W,) lengths to each one's first index."""
-    return np.cumsum(lengths) - lengths
+    weight = convolution.weight.transpose(1, 2).flatten(1)  # as the rows lie in memory
+    return F.linear(windows.transpose(1, 2).flatten(1), weight, convolution.bias)

@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
+    "server/glmasr_graphs.py": "model_executor/models/glmasr_graphs.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
+    "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
 }

@@ -112,8 +112,7 @@ class Packing:
     @staticmethod
     @torch.no_grad()
     def _embed(model: nn.Module, clips: list[np.ndarray]) -> list[Tensor]:
-        device = next(model.parameters()).device
-        waveforms = [torch.from_numpy(clip).to(device) for clip in clips]
+        waveforms = [torch.from_numpy(clip) for clip in clips]
         return list(model.embed_multimodal(waveform=waveforms, window_starts=[torch.tensor([0])] * len(clips)))
 
 

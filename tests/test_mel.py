@@ -1,12 +1,14 @@
-"""server/glmasr_mel.py against transformers' WhisperFeatureExtractor, over many sounds and lengths packed in one call."""
+"""server/glmasr_mel.py and glmasr_packing.py against transformers' WhisperFeatureExtractor, many sounds packed in one call."""
 
 import numpy as np
 import pytest
 import torch
 from glmasr_mel import LogMelSpectrogram
+from glmasr_packing import Packer
 from speech import Voice, synthesize
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
+from waveform_glmasr import AudioGeometry
 
 RATE = 16000
 MAX_DIFFERENCE = 1e-4
@@ -51,8 +53,12 @@ def device_mel(extractor: WhisperFeatureExtractor) -> LogMelSpectrogram:
 
 def packed(mel: LogMelSpectrogram, clips: list[np.ndarray]) -> list[Tensor]:
     """The frames (frames, mels) of each of the clips, all computed in one call."""
-    features, num_frames = mel(torch.from_numpy(np.concatenate(clips)), torch.tensor([clip.size for clip in clips]))
-    return list(features.split(num_frames.tolist()))
+    geometry = AudioGeometry(RATE, mel.hop_length, window_s=30, merge_factor=4)
+    num_tokens = [geometry.num_window_tokens(clip.size) for clip in clips]
+    laid_out = Packer(geometry, mel.n_fft).pack(clips, num_tokens, torch.device("cpu"))
+    features = mel(laid_out.samples, laid_out.window, len(clips))
+    assert not features[laid_out.window == 0].any()
+    return [features[laid_out.window == i + 1] for i in range(len(clips))]
 
 
 def expected(extractor: WhisperFeatureExtractor, clip: np.ndarray) -> Tensor:

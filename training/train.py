@@ -128,6 +128,22 @@ def pad(frames: Tensor, num_frames: Tensor) -> Tensor:
     return features.transpose(1, 2)
 
 
+def lay_out(samples: Tensor, lengths: Tensor, mel: LogMelSpectrogram) -> tuple[Tensor, Tensor]:
+    """Windows (S,), each of its length (W,), as `mel` takes them: ends reflected, each on a hop, and whose frame is where."""
+    hop, half = mel.hop_length, mel.n_fft // 2
+    hops = (lengths + mel.n_fft + hop - 1) // hop  # (W,)
+    first_hop = hops.cumsum(0) - hops
+    window = torch.repeat_interleave(hops * hop)  # of each sample laid out
+    index = torch.arange(window.numel(), device=samples.device) - (first_hop * hop)[window] - half
+    last = (lengths - 1)[window]
+    index = (last - (last - index.abs()).abs()).clamp_min(0)  # reflected at 0 and at the last sample
+    laid_out = samples[(lengths.cumsum(0) - lengths)[window] + index]
+    of_hop = torch.repeat_interleave(hops)
+    frame = torch.arange(of_hop.numel(), device=samples.device) - first_hop[of_hop]
+    whose = torch.where(frame < (lengths // hop)[of_hop], of_hop + 1, 0)
+    return torch.cat([laid_out, laid_out.new_zeros(mel.n_fft - hop)]), whose
+
+
 def mask_frequencies(features: Tensor) -> Tensor:
     """Hides two random bands of mel bins of each clip (C, M, F)."""
     bins = torch.arange(features.shape[1], device=features.device)[:, None]
@@ -174,8 +190,10 @@ class Trainer:
 
     def features(self, batch: Batch, corpus: Corpus) -> tuple[Tensor, Tensor]:
         """Log-mel frames (W, M, F) in bfloat16, warped in half of the windows and masked, and their numbers (W,)."""
-        frames, num_frames = self.mel(*assemble(batch, corpus))
-        features = pad(frames, num_frames).bfloat16()
+        samples, lengths = assemble(batch, corpus)
+        num_frames = lengths // self.mel.hop_length
+        samples, window = lay_out(samples, lengths, self.mel)
+        features = pad(self.mel(samples, window, lengths.numel())[window > 0], num_frames).bfloat16()
         warp = torch.randint(len(WARPS), num_frames.shape, device=frames.device)
         warp = torch.where(torch.rand(num_frames.shape, device=frames.device) < 0.5, warp, len(WARPS) // 2)
         return mask_frequencies(self.warps[warp] @ features), num_frames
