@@ -194,8 +194,8 @@ class Trainer:
         num_frames = lengths // self.mel.hop_length
         samples, window = lay_out(samples, lengths, self.mel)
         features = pad(self.mel(samples, window, lengths.numel())[window > 0], num_frames).bfloat16()
-        warp = torch.randint(len(WARPS), num_frames.shape, device=frames.device)
-        warp = torch.where(torch.rand(num_frames.shape, device=frames.device) < 0.5, warp, len(WARPS) // 2)
+        warp = torch.randint(len(WARPS), num_frames.shape, device=features.device)
+        warp = torch.where(torch.rand(num_frames.shape, device=features.device) < 0.5, warp, len(WARPS) // 2)
         return mask_frequencies(self.warps[warp] @ features), num_frames
 
     def step(self, batch: Batch, corpus: Corpus, progress: float) -> None:
