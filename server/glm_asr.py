@@ -33,6 +33,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.configs.glmasr import GlmasrConfig
 from vllm.transformers_utils.processor import cached_feature_extractor_from_config, cached_processor_from_config
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from .glmasr_audio import AudioSettings, GlmAsrAdapter, GlmAsrEncoder
 from .glmasr_graphs import Clip, EncoderGraphs
@@ -294,6 +295,23 @@ class GlmAsrForConditionalGeneration(
         features = self.mel(packed.samples, packed.window, packed.bounds.numel() - 1)
         states = self.audio_tower(features.to(self.audio_tower.conv1.weight.dtype), packed)
         return self.multi_modal_projector(states, packed.token)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """(tokens,) ids to (tokens, E), the audio's embeddings where `is_multimodal` (tokens,) on the host says.
+
+        vLLM's own indexes by that mask, for which the host waits until the device has done all work before.
+        """
+        embedded = self.language_model.embed_input_ids(input_ids)
+        if not multimodal_embeddings:
+            return embedded
+        places = async_tensor_h2d(is_multimodal.cpu().nonzero()[:, 0], device=embedded.device)
+        return embedded.index_copy_(0, places, torch.cat(list(multimodal_embeddings)))
 
     def forward(
         self,

@@ -19,10 +19,10 @@ from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.platforms import current_platform
 from vllm.transformers_utils.configs.glmasr import GlmasrConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from .glmasr_kernels import add_and_norm, rotate
 from .glmasr_packing import PackedWindows
 from .utils import AutoWeightsLoader, WeightsMapper
 from .whisper import _create_fake_bias_for_k_proj
@@ -103,34 +103,12 @@ class AudioSettings:
         )
 
 
-def fused(function):
-    """Makes one kernel of the function on a GPU; elsewhere it stays as it is."""
-    return torch.compile(function) if current_platform.is_cuda_alike() else function
-
-
-@fused
-def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of two (P, D), normalized, and the sum."""
-    total = x + residual
-    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
-
-
-@fused
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, pair_shape: tuple[int, int], pair_dim: int) -> Tensor:
-    """Turns the first dimensions of each head of (P, heads, width), as many as `pair_shape` has."""
-    num_turned = pair_shape[0] * pair_shape[1]
-    turned, kept = x.split([num_turned, x.shape[-1] - num_turned], dim=-1)
-    a, b = turned.unflatten(-1, pair_shape).unbind(pair_dim)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=pair_dim)
-    return torch.cat([turned.flatten(-2), kept], dim=-1)
-
-
 @dataclass(frozen=True)
 class Attending:
     """What every layer's attention needs to know of the packed windows.
 
     Attributes:
-        cos, sin: (P, 1, rotary_dim / 2) rotation of each position within its window.
+        cos, sin: (P, rotary_dim / 2) rotation of each position within its window.
         bounds: (W + 1,) int32, the first position of each window, and the end of the last.
         longest: positions of the longest possible window, a scalar on the host.
     """
@@ -157,8 +135,7 @@ class EncoderAttention(nn.Module):
     def __init__(self, settings: AudioSettings, quant_config: QuantizationConfig | None, prefix: str):
         super().__init__()
         head_width = settings.width // settings.num_heads
-        self.pair_dim = -1 if settings.rotary_pairs else -2
-        self.pair_shape = (settings.rotary_dim // 2, 2) if settings.rotary_pairs else (2, settings.rotary_dim // 2)
+        self.rotary_pairs = settings.rotary_pairs
         self.num_heads = settings.num_heads // get_tensor_model_parallel_world_size()
         self.qkv_proj = QKVParallelLinear(
             settings.width, head_width, settings.num_heads, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
@@ -174,7 +151,7 @@ class EncoderAttention(nn.Module):
         """(P, D) to (P, D)."""
         qkv, _ = self.qkv_proj(x)  # (P, 3 D / ranks)
         heads = qkv.unflatten(-1, (3 * self.num_heads, -1))  # those of the queries, of the keys and of the values
-        turned = rotate(heads[:, : 2 * self.num_heads], attending.cos, attending.sin, self.pair_shape, self.pair_dim)
+        turned = rotate(heads[:, : 2 * self.num_heads], attending.cos, attending.sin, self.rotary_pairs)
         q, k = turned.split(self.num_heads, dim=1)  # each (P, H, D / heads)
         v = heads[:, 2 * self.num_heads :]
         x = self.attn(q[None], k[None], v[None], cu_seqlens=attending.bounds, max_seqlen=attending.longest)
@@ -249,8 +226,7 @@ class GlmAsrEncoder(nn.Module):
         silent = (packed.window == 0)[:, None]
         x = F.gelu(convolve(self.conv1, features)).masked_fill(silent, 0.0)  # (S, D)
         x = F.gelu(convolve(self.conv2, x))[packed.slot]  # (P, D)
-        cos, sin = self.cos[packed.place][:, None], self.sin[packed.place][:, None]
-        attending = Attending(cos, sin, packed.bounds, self.longest)
+        attending = Attending(self.cos[packed.place], self.sin[packed.place], packed.bounds, self.longest)
         residual = None
         for layer in self.layers:
             x, residual = layer(x, residual, attending)

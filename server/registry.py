@@ -21,6 +21,7 @@ FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
     "server/glmasr_graphs.py": "model_executor/models/glmasr_graphs.py",
+    "server/glmasr_kernels.py": "model_executor/models/glmasr_kernels.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
