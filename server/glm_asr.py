@@ -7,6 +7,7 @@ The API process sends waveforms; spectrogram, encoder and adapter run on the dev
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -275,12 +276,11 @@ class GlmAsrForConditionalGeneration(
 
     def clips(self, inputs: Mapping[str, object]) -> list[Clip]:
         """The clips of `embed_multimodal`'s arguments, cut into their windows."""
-        return [
-            self._clip(np.split(waveform.numpy(), starts[1:].numpy()))
-            for waveform, starts in zip(inputs["waveform"], inputs["window_starts"], strict=True)
-        ]
+        pairs = zip(inputs["waveform"], inputs["window_starts"], strict=True)
+        return [self._clip(waveform.numpy(), starts.tolist()) for waveform, starts in pairs]
 
-    def _clip(self, windows: list[np.ndarray]) -> Clip:
+    def _clip(self, waveform: np.ndarray, starts: list[int]) -> Clip:
+        windows = [waveform[start:end] for start, end in pairwise([*starts, waveform.size])]
         num_tokens = [self.geometry.num_window_tokens(window.size) for window in windows]
         return Clip(windows, num_tokens, sum(self.packer.token_places(window.size) for window in windows))
 
