@@ -2,13 +2,15 @@
 
     python server/serve.py [any option of `vllm serve`]
 
-Settings come from the environment (see SETTINGS), an option on the command line wins. MODEL is a
+Settings come from the environment (see SETTINGS) or suit the machine, an option on the command line wins. MODEL is a
 folder; without it the weights in model/ are served, or the bundled checkpoint where there are none.
 """
 
 import importlib.metadata
+import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import registry
 ROOT = Path(__file__).resolve().parent.parent
 FULL_MODEL, BUNDLED = ROOT / "model", ROOT / "checkpoint"
 
-# Environment variable → option of `vllm serve`, default.
+# Environment variable → option of `vllm serve`, default; None where `machine_defaults` gives it.
 SETTINGS = {
     "HOST": ("--host", "0.0.0.0"),
     "PORT": ("--port", "8300"),
@@ -25,23 +27,62 @@ SETTINGS = {
     "DTYPE": ("--dtype", "auto"),
     "TENSOR_PARALLEL_SIZE": ("--tensor-parallel-size", "1"),
     "MAX_MODEL_LEN": ("--max-model-len", "4096"),
-    "GPU_MEMORY_UTILIZATION": ("--gpu-memory-utilization", "0.1"),
+    "GPU_MEMORY_UTILIZATION": ("--gpu-memory-utilization", None),
+    "API_SERVER_COUNT": ("--api-server-count", None),
     "API_KEY": ("--api-key", "EMPTY"),
 }
 OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # No cache of decoded audio: fresh audio never hits it, and after a client has left in the midst of a stream vLLM 0.32
 # takes windows for cached that the engine never got, and answers the next request for them without text.
-FLAGS = ["--mm-processor-cache-gb", "0"]
+# Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
+FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching"]
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 CPU_FLAGS = ["--enforce-eager"]  # compiling takes longer than it saves
+# The encoder's CUDA graphs, by audio tokens (12.5 to a second), eight to each doubling; larger batches are divided.
+GRAPH_SIZES = [2**octave * eighth // 8 for octave in range(5, 11) for eighth in range(8, 16)] + [2048]
+GPU_FLAGS = [
+    "--compilation-config",
+    json.dumps(
+        {
+            "cudagraph_mm_encoder": True,
+            "encoder_cudagraph_token_budgets": GRAPH_SIZES,
+            "encoder_cudagraph_max_vision_items_per_batch": GRAPH_SIZES[0],
+        }
+    ),
+]
+GPU_MEMORY = 28e9  # bytes: weights, graphs and a cache for 512 clips of 30 s at once
+MOST_GPU_MEMORY = 0.9  # of a smaller card
+CORES_PER_API_SERVER, MOST_API_SERVERS = 2, 8
 ONE_PROCESS = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]  # starts sooner
 
 
-def options(arguments: list[str], environment: dict[str, str]) -> dict[str, str]:
-    """Each setting's option and value: the command line's, else the environment's, else the default."""
+def gpu_memory() -> float | None:
+    """Bytes of the smallest GPU's memory; None where no NVIDIA GPU answers."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return min((float(mib) * 2**20 for mib in listed.stdout.split()), default=None)
+
+
+def machine_defaults(gpu_bytes: float | None, cores: int) -> dict[str, str]:
+    """What suits a machine with so much GPU memory (None: no GPU) and so many cores."""
+    if gpu_bytes is None:
+        return {"GPU_MEMORY_UTILIZATION": "0.1", "API_SERVER_COUNT": "1"}
+    return {
+        "GPU_MEMORY_UTILIZATION": f"{min(MOST_GPU_MEMORY, GPU_MEMORY / gpu_bytes):.2f}",
+        "API_SERVER_COUNT": str(min(MOST_API_SERVERS, max(1, cores // CORES_PER_API_SERVER))),
+    }
+
+
+def options(arguments: list[str], environment: dict[str, str], machine: dict[str, str]) -> dict[str, str]:
+    """Each setting's option and value: the command line's, else the environment's, else the default or the machine's."""
     chosen = {}
     for name, (option, default) in SETTINGS.items():
-        value = environment.get(name) or default
+        value = environment.get(name) or default or machine[name]
         for i, argument in enumerate(arguments):
             if argument == option and i + 1 < len(arguments):
                 value = arguments[i + 1]
@@ -94,7 +135,9 @@ def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str
     """
     if not registry.is_patched(package := registry.find_vllm()):
         raise registry.RegistryError(f"{package} does not know GLM-ASR yet; run: python server/registry.py")
-    chosen = options(arguments, environment)
+    on_cpu = importlib.metadata.version("vllm").endswith("+cpu")
+    machine = machine_defaults(None if on_cpu else gpu_memory(), len(os.sched_getaffinity(0)))
+    chosen = options(arguments, environment, machine)
     check_port(chosen["--host"], chosen["--port"])
     model = model_folder(environment)
     if chosen["--api-key"] == OPEN_KEY:
@@ -103,8 +146,8 @@ def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": "glmasr", **environment}
     if not environment.get("CUDA_VISIBLE_DEVICES"):
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty would hide every GPU
-    flags = FLAGS
-    if importlib.metadata.version("vllm").endswith("+cpu"):
+    flags = FLAGS + GPU_FLAGS
+    if on_cpu:
         environment = {**CPU_ENVIRONMENT, **environment}
         flags = FLAGS + CPU_FLAGS + (ONE_PROCESS if chosen["--tensor-parallel-size"] == "1" else [])
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *flags]

@@ -18,6 +18,7 @@ from conftest import CHECKPOINT, ROOT, free_port
 from safetensors.torch import load_file, save_file
 
 import registry
+import serve
 
 QUICK_S = 20  # a fault found before vLLM is imported takes no longer
 LOAD_S = 200
@@ -50,6 +51,24 @@ def test_a_model_folder_without_weights_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text((CHECKPOINT / "config.json").read_text())
     problem = "no *.safetensors in it; download the weights into it first"
     assert complaint(SERVE, MODEL=str(tmp_path)) == f"serve: MODEL={tmp_path}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "cores", "share", "servers"),
+    [(None, 2, "0.1", "1"), (None, 64, "0.1", "1"), (151, 16, "0.19", "8"), (151, 64, "0.19", "8"), (24, 4, "0.90", "2"), (8, 1, "0.90", "1")],
+)
+def test_memory_and_api_processes_suit_the_machine(gpu_gb, cores, share, servers):
+    found = serve.machine_defaults(gpu_gb and gpu_gb * 1e9, cores)
+    assert found == {"GPU_MEMORY_UTILIZATION": share, "API_SERVER_COUNT": servers}
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_machine():
+    machine = serve.machine_defaults(None, 2)
+    assert serve.options([], {}, machine)["--api-server-count"] == "1"
+    assert serve.options([], {"API_SERVER_COUNT": ""}, machine)["--api-server-count"] == "1"  # as compose leaves it
+    assert serve.options([], {"API_SERVER_COUNT": "3"}, machine)["--api-server-count"] == "3"
+    assert serve.options(["--api-server-count", "5"], {"API_SERVER_COUNT": "3"}, machine)["--api-server-count"] == "5"
+    assert serve.options(["--api-server-count=7"], {}, machine)["--api-server-count"] == "7"
 
 
 def test_a_port_in_use_is_named():
