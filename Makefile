@@ -3,7 +3,8 @@
 # make test        set up and run all tests
 # make docker-test build the image and try it in a container (installs a Docker engine if there is none)
 # make train       rebuild the bundled checkpoint on one GPU
-.PHONY: demo serve test docker-test train patched
+# make bench       measure upstream's GLM-ASR and this one on this machine: bench/results/ gets a table and a plot
+.PHONY: demo serve test docker-test train bench patched
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -22,6 +23,9 @@ docker-test:
 
 train: patched
 	$(VENV_PYTHON) training/train.py
+
+bench: patched
+	$(VENV_PYTHON) bench/run.py
 
 # Copies our files into the installed vLLM again, in case they have changed.
 patched: .venv/.ready

@@ -4,31 +4,24 @@ Decoding, checking, tokenizing, serializing and answering are that process's alo
 most that a core gives. Upstream's server and this one, small models with random weights.
 """
 
-import argparse
 import json
-import tempfile
-import time
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import load
-import models
 import psutil
 from load import Workload
-from run import CANDIDATES, RESULTS, hardware, running
-from upstream import released_vllm
+from question import Answer, chosen, parser
+from servers import THIS, UPSTREAM, folders, running
 
 WORKLOADS = [
     Workload("7 s"), Workload("30 s"), Workload("7 s", "transcriptions"), Workload("7 s", "transcriptions", "flac"),
     Workload("7 s", "transcriptions", "mp3"), Workload("30 s", "transcriptions"),
 ]  # fmt: skip
 LAYERS, WIDTH = 1, 256
-
-
-def api_process(url: str) -> psutil.Process:
-    """The process that listens where the server does."""
-    port = int(url.rpartition(":")[2])
-    return next(psutil.Process(found.pid) for found in psutil.net_connections("tcp")
-                if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid)  # fmt: skip
+ONE = ("--api-server-count", "1")  # then the server's first process is the API process
+CANDIDATES = [replace(UPSTREAM, options=ONE), replace(THIS, options=ONE)]
 
 
 def shrink(folder: Path) -> None:
@@ -49,32 +42,28 @@ def shrink(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=128, help="of each kind")
-    parser.add_argument("--in-flight", type=int, default=32, help="answers of one step are handled together")
-    parser.add_argument("--candidates", nargs="+", default=["upstream", "this"])
-    args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    print(f"{hardware()}, {time.strftime('%Y-%m-%d')}\n\n| server | request | CPU ms | requests/s of one core |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
+def main() -> int:
+    options = parser(__doc__, CANDIDATES, sized=False)
+    options.add_argument("--requests", type=int, default=128, help="of each kind")
+    options.add_argument("--in-flight", type=int, default=32, help="answers of one step are handled together")
+    args = options.parse_args()
+    answer = Answer("front_end", args)
+    with folders(LAYERS) as folder:
         for layout in "ab":
-            getattr(models, f"layout_{layout}")(folder / layout, LAYERS)
             shrink(folder / layout)
-        released_vllm(folder / "released")
-        for candidate in [candidate for candidate in CANDIDATES if candidate.name in args.candidates]:
-            with running(candidate, folder, RESULTS / "front_end.log") as url:
-                process = api_process(url)
+        for candidate in chosen(CANDIDATES, args):
+            with answer.attempt(), running(candidate, folder, args.out) as server:
+                process = psutil.Process(server.process.pid)
                 for seed, workload in enumerate(WORKLOADS):
-                    load.send(url, workload, args.in_flight, args.in_flight, 1, seed=seed + 500)  # warms up
+                    load.send(server.url, workload, args.in_flight, args.in_flight, 1, seed=seed + 500).check()  # warms up
                     before = process.cpu_times()
-                    load.send(url, workload, args.requests, args.in_flight, 1, seed=seed)
+                    load.send(server.url, workload, args.requests, args.in_flight, 1, seed=seed).check()
                     after = process.cpu_times()
                     took = (after.user + after.system - before.user - before.system) / args.requests
                     kind = f"{workload.lengths} {workload.encoding}, {workload.route}"
-                    print(f"| {candidate.name} | {kind} | {1000 * took:.1f} | {1 / took:.0f} |", flush=True)
+                    answer.add({"server": candidate.name, "request": kind, "CPU ms": 1000 * took, "requests/s a core": 1 / took})
+    return int(answer.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -84,23 +84,27 @@ def _write_no_weights(folder: Path) -> None:
     save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def flops(config: dict, seconds: float, answer_tokens: int, text_tokens: int = 20) -> float:
-    """Multiplications and additions that one clip needs, padding none: encoder, adapter, prefill and answer.
+def encoder_flops(config: dict, seconds: float) -> float:
+    """Multiplications and additions of encoder and adapter for one clip, padding none.
 
     A matrix product of (m, k) and (k, n) counts 2 m k n; attention's two products count, everything else is small.
     """
-    encoder, decoder = config["whisper_config"], config["lm_config"]
+    encoder, hidden = config["whisper_config"], config["lm_config"]["hidden_size"]
     width, frames = encoder["d_model"], int(100 * seconds)
     positions, tokens = frames // 2, frames // 8
     layer = 2 * positions * (4 * width**2 + 2 * width * encoder["encoder_ffn_dim"]) + 4 * positions**2 * width
     convolutions = 2 * 3 * (frames * encoder["num_mel_bins"] * width + positions * width**2)
-    hidden = decoder["hidden_size"]
     adapter = 2 * tokens * (4 * width * 2 * hidden + 2 * hidden * hidden)
+    return encoder["encoder_layers"] * layer + convolutions + adapter
 
-    head_width = hidden // decoder["num_attention_heads"]
-    keys = decoder["num_key_value_heads"] * head_width
+
+def flops(config: dict, seconds: float, answer_tokens: int, text_tokens: int = 20) -> float:
+    """Those of all the model for one clip, counted likewise: encoder, adapter, prefill and answer."""
+    decoder = config["lm_config"]
+    hidden = decoder["hidden_size"]
+    keys = decoder["num_key_value_heads"] * hidden // decoder["num_attention_heads"]
     weights = 2 * hidden * (hidden + keys) + 3 * hidden * decoder["intermediate_size"]
-    length = tokens + text_tokens + answer_tokens
+    length = int(100 * seconds) // 8 + text_tokens + answer_tokens
     decode = decoder["num_hidden_layers"] * (2 * length * weights + 2 * length**2 * hidden)
     head = 2 * answer_tokens * hidden * decoder["vocab_size"]
-    return encoder["encoder_layers"] * layer + convolutions + adapter + decode + head
+    return encoder_flops(config, seconds) + decode + head
