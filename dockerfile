@@ -5,10 +5,14 @@ ARG BASE_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${BASE_IMAGE}
 WORKDIR /app
 
-# vLLM's audio decoders: its CPU image has them, its CUDA image leaves them out (LGPL).
+# vLLM's audio decoders: its CPU image has them, its CUDA image leaves them out (LGPL). onnxruntime finds speech.
 # Nothing is fetched where they are there already.
-RUN python3 -c "import av, scipy, soundfile, soxr" 2>/dev/null || \
-    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir --root-user-action ignore av scipy soundfile soxr
+RUN python3 -c "import av, onnxruntime, scipy, soundfile, soxr" 2>/dev/null || \
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir --root-user-action ignore \
+    av onnxruntime scipy soundfile soxr
+# The model that finds speech; nothing else of its package is used, nor what that asks for.
+RUN python3 -c "from importlib.metadata import version; assert version('silero-vad') == '6.2.3'" 2>/dev/null || \
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir --root-user-action ignore --no-deps silero-vad==6.2.3
 
 # Weights lying in model/ at build time are baked in; docker-compose.yaml mounts the directory over them.
 COPY model model

@@ -45,6 +45,7 @@ from .interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, 
 from .utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 
 MAX_AUDIOS = 64  # in one prompt
+INSTRUCTION_A = "Please transcribe this audio."  # what layout A was trained with; layout B's stands in its processor
 
 # Module names of layout A and of layout B, which are this model's own; * is a layer's number.
 LAYOUT_A_TO_B = (
@@ -384,7 +385,7 @@ class GlmAsrForConditionalGeneration(
 
     @classmethod
     def get_generation_prompt(cls, stt_params: SpeechToTextParams) -> PromptType:
-        """The chat prompt of one audio and the instruction the checkpoint was trained with.
+        """The chat prompt of one audio, the request's prompt and the instruction the checkpoint was trained with.
 
         Raises:
             ValueError: the task is not transcription
@@ -392,10 +393,12 @@ class GlmAsrForConditionalGeneration(
         if stt_params.task_type != "transcribe":
             raise ValueError(f"task is {stt_params.task_type!r}; this model only transcribes")
         model_config = stt_params.model_config
-        content = [{"type": "audio"}]
-        if isinstance(model_config.hf_config, GlmAsrConfig):  # its template has no instruction of its own
+        instruction = INSTRUCTION_A
+        if isinstance(model_config.hf_config, GlmAsrConfig):
             processor = cached_processor_from_config(model_config, processor_cls=GlmAsrProcessor)
-            content.append({"type": "text", "text": processor.default_transcription_prompt})
+            instruction = processor.default_transcription_prompt
+        texts = [text for text in (stt_params.request_prompt, instruction) if text]
+        content = [{"type": "audio"}, *({"type": "text", "text": text} for text in texts)]
         tokenizer = cached_tokenizer_from_config(model_config)
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -24,4 +24,6 @@ else
     # These come along as CUDA builds, which break transformers beside a CPU torch; nothing here needs them.
     .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
+# Only the model in it is used: what it asks for would bring the CUDA builds in again.
+"${pip[@]}" --no-deps silero-vad==6.2.3
 .venv/bin/python server/registry.py

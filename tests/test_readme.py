@@ -121,6 +121,11 @@ def expected_answer(block: str) -> str:
     return " ".join(expected_text(ROOT / "wavs" / f"{name}.wav") for name in named)
 
 
+def words(text: str) -> str:
+    """Letters alone: where a recording is cut decides on full stops and spaces."""
+    return re.sub(r"\W", "", text.lower())
+
+
 def title(block: str) -> str:
     return next(line for line in block.splitlines() if not line.startswith(("from", "import", "#")) and line)[:70]
 
@@ -129,6 +134,7 @@ def title(block: str) -> str:
 def test_a_command_gives_the_expected_text(block: str, server: Server) -> None:
     with served_files() as files_url:
         script = block.replace("test_vllm_api.py\n", f"test_vllm_api.py --base-url {SERVER_URL}/v1\n")  # its default
+        script = script.replace("transcribe.py ", f"transcribe.py --overwrite --url {SERVER_URL}/v1 ")
         script = script.replace(SERVER_URL, server.url).replace(FILES_URL, files_url)
         printed = run(["bash", "-euo", "pipefail"], script)
     if block.startswith("curl "):
@@ -136,6 +142,11 @@ def test_a_command_gives_the_expected_text(block: str, server: Server) -> None:
     elif "test_vllm_api.py" in block:
         assert f"{len(WAVS)} of {len(WAVS)} right" in printed and "1 of 1 right" in printed
         assert all(expected_text(wav) in printed for wav in WAVS)
+    elif "transcribe.py" in block:
+        for wav in WAVS:
+            written = Path("/tmp/transcripts/wavs", wav.stem)
+            assert words(written.with_suffix(".txt").read_text()) == words(expected_text(wav))
+            assert written.with_suffix(".srt").is_file() and written.with_suffix(".html").is_file()
     elif "hf_demo.py" in block:
         assert f"    {expected_answer(block)}\n" in printed and "0 answers differ" in printed
     else:
@@ -150,7 +161,7 @@ def test_a_python_snippet_prints_the_expected_text(snippet: str, server: Server)
 
 def test_every_kind_of_use_has_a_command_that_runs() -> None:
     for part in ("input_audio", "data:audio/wav", "/en_french.wav\"}}", "<|audio|><|audio|>", "describe", '"stream": true',
-                 "/v1/audio/transcriptions", "test_vllm_api.py", "hf_demo.py", "registry.py --check"):  # fmt: skip
+                 "/v1/audio/transcriptions", "test_vllm_api.py", "transcribe.py", "hf_demo.py", "registry.py --check"):  # fmt: skip
         assert any(part in block for block in RUNNABLE), f"no command of README's that runs here has {part!r}"
     for part in ("chat.completions", "audio.transcriptions", "AutoModelForCausalLM"):
         assert any(part in snippet for snippet in SNIPPETS), f"no snippet of README's has {part!r}"
