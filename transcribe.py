@@ -229,7 +229,7 @@ def report(batch: Batch, took_s: float) -> None:
     if batch.untried:
         print(f"{batch.untried} more not tried; start the server and run the same command again", file=sys.stderr)
     right = len(batch.jobs) - batch.untried - len(batch.failures)
-    speed = f"; real-time factor {took_s / batch.audio_s:.4f}" if batch.audio_s else ""
+    speed = f"; {batch.audio_s / took_s:.1f} times real time" if batch.audio_s else ""
     print(f"{right} of {len(batch.jobs)} transcribed: {batch.audio_s / 3600:.2f} h of audio in {took_s:.1f} s{speed}")
 
 

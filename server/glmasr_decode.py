@@ -42,6 +42,9 @@ SIGNATURES = {
 DEMUXERS = "aac,flac,matroska,mov,mp3,ogg,wav"  # of FFmpeg's, those that read the file itself and no other
 ESTIMATING = ("aac", "mp3", "ogg")  # those that guess the duration, or tell that of the first of joined recordings
 
+# MP4's boxes that hold those with samples' sizes: each one, and what is looked for in it.
+BOXES = {b"moov": b"trak", b"trak": b"mdia", b"mdia": b"minf", b"minf": b"stbl", b"moof": b"traf", b"traf": b"trun"}
+MAX_RUNS = 1_000_000  # chunks with as many samples as one another, in a table
 # Matroska's elements: those that contain others of this table, and those to be skipped.
 SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 ELEMENTS = {SEGMENT, CLUSTER} | {
@@ -196,17 +199,48 @@ class _Source:
         return True
 
     def _check_boxes(self) -> bool:
-        """MP4, by ISO/IEC 14496-12: the boxes one behind the other."""
-        at = 0
-        while len(head := self.read(at, 16).ljust(16, b"\0")) and at < self.size:
-            length, name, long = struct.unpack(">I4sQ", head)
-            length = long if length == 1 else length
-            if length < 8:  # 0: up to the end
-                break
-            if name in (b"moov", b"mdat", b"moof") and at + length > self.size:
-                raise self.incomplete(at + length)
-            at += length
+        """MP4, by ISO/IEC 14496-12: the boxes one behind the other, and how many samples their tables speak of.
+
+        FFmpeg sets room aside for each of these; as each takes up a byte at least, there cannot be more than bytes.
+        """
+        samples = 0
+        for name, begin, end in self._boxes(0, self.size):
+            if name in (b"moov", b"mdat", b"moof") and end > self.size:
+                raise self.incomplete(end)
+            samples += self._samples(name, begin, end)
+            if samples > self.size:
+                raise ValueError(f"the {self.name} of {self.size} bytes is damaged: it speaks of {samples} samples")
         return True
+
+    def _boxes(self, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yields the names of the boxes that begin there, and where their contents begin and end."""
+        while len(head := self.read(begin, 16)) >= 8 and begin < end:
+            length, name, long = struct.unpack(">I4sQ", head.ljust(16, b"\0"))
+            content = begin + (16 if length == 1 else 8)
+            begin = end if length == 0 else begin + (long if length == 1 else length)
+            if begin < content:
+                return
+            yield name, content, begin
+
+    def _samples(self, name: bytes, begin: int, end: int) -> int:
+        """How many samples the tables within a box speak of without telling their sizes one by one, in bytes for `stsz`."""
+        if name in BOXES:
+            return sum(self._samples(*box) for box in self._boxes(begin, end) if box[0] == BOXES[name])
+        if name == b"trun":
+            flags, count = struct.unpack(">II", self.read(begin, 8).ljust(8, b"\0"))
+            return 0 if flags & 0x200 else count
+        tables = {table: content + 4 for table, content, _ in self._boxes(begin, end)} if name == b"stbl" else {}
+        if not {b"stsz", b"stsc"} <= tables.keys():
+            return 0
+        each, count = struct.unpack(">II", self.read(tables[b"stsz"], 8).ljust(8, b"\0"))
+        chunks, runs = (
+            int.from_bytes(self.read(at, 4), "big") if at else 0
+            for at in (tables.get(b"stco") or tables.get(b"co64"), tables[b"stsc"])
+        )
+        table = self.read(tables[b"stsc"] + 4, 12 * min(runs, MAX_RUNS))
+        first, samples, _ = np.frombuffer(table, ">u4", len(table) // 12 * 3).reshape(-1, 3).T
+        following = np.append(first[1:], chunks + 1).astype(np.float64)  # products of these may exceed 64 bits
+        return each * max(count, int(((following - first).clip(0) * samples).sum()))
 
     def _check_elements(self) -> bool:
         """Matroska, by RFC 8794: every element up to the end, some of them of unknown size."""
@@ -319,27 +353,28 @@ class _Source:
             raise self.damaged(count / sound.samplerate, f"it should have {told_s:.1f} s")
 
     def _by_pyav(self, container: av.container.InputContainer) -> Iterator[tuple[np.ndarray, int]]:
-        held, rate = [], None
+        held, count, rate, setup, interleaved = [], 0, 0, None, None
         for packet in container.demux(container.streams.audio[0]):
             if container.format.name == "mp3" and packet.size and bytes(packet)[0] != 0xFF:
                 continue  # a tag between two recordings that were joined
             for frame in packet.decode():
-                if held and (frame.sample_rate != rate or sum(part.size for part in held) >= BLOCK_S * rate):
+                found = frame.format.name, frame.layout.name, frame.sample_rate
+                if held and (found != setup or count >= BLOCK_S * rate):
                     yield np.concatenate(held), rate
-                    held = []
-                held.append(_mono(frame))
-                rate = frame.sample_rate
+                    held, count = [], 0
+                if found != setup:  # at the beginning, seldom later
+                    setup, rate = found, frame.sample_rate
+                    interleaved = av.AudioResampler("flt", frame.layout, rate)
+                held += [_mono(part) for part in interleaved.resample(frame)]
+                count += frame.samples
         if held:
             yield np.concatenate(held), rate
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """(samples,) float32, channels averaged, within -1 to 1 whatever the frame's format."""
-    values = frame.to_ndarray()
-    if not frame.format.is_planar:
-        values = values.reshape(-1, frame.layout.nb_channels).T
-    if values.dtype.kind == "f":
-        return values.astype(np.float32).mean(axis=0)
-    middle = 1 << 8 * values.itemsize - 1
-    scaled = values.astype(np.float32) - (middle if values.dtype.kind == "u" else 0)
-    return (scaled / np.float32(middle)).mean(axis=0)
+    """(samples,) float32, channels averaged, of a frame with interleaved float32.
+
+    PyAV 18 reads beyond a frame of eight planes and more, so none is asked for its planes.
+    """
+    values = np.frombuffer(frame.planes[0], np.float32, frame.samples * frame.layout.nb_channels)
+    return values.reshape(frame.samples, -1).T.mean(axis=0)

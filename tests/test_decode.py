@@ -29,12 +29,12 @@ def sound(seconds: float, rate: int, channels: int) -> np.ndarray:
 
 
 def by_pyav(container: str, codec: str, samples: np.ndarray, rate: int, **options: str) -> bytes:
-    file, layout = io.BytesIO(), "stereo" if samples.shape[1] == 2 else "mono"
+    file, layout = io.BytesIO(), {1: "mono", 2: "stereo", 8: "7.1"}[samples.shape[1]]
     with av.open(file, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.codec_context.layout = layout
         stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=layout)
         frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
         fifo = av.AudioFifo()
         for part in av.AudioResampler(stream.codec_context.format.name, layout, rate).resample(frame):
@@ -125,6 +125,14 @@ def test_more_than_two_channels_are_averaged(channels):
     file = io.BytesIO()
     soundfile.write(file, sound(2, 48000, channels), 48000, format="WAV")
     assert np.array_equal(decoded(file.getvalue()), at_once(file.getvalue()))
+
+
+def test_eight_channels_apart_from_one_another_which_pyav_itself_cannot_take_are_averaged():
+    loud = np.repeat(sound(2, 48000, 1), 8, axis=1)
+    for container, codec in (("mp4", "aac"), ("matroska", "pcm_s16le")):
+        blocks = decoded(by_pyav(container, codec, loud, 48000))
+        assert blocks.size == pytest.approx(2 * RATE, abs=RATE // 10)
+        assert 0.8 < np.abs(blocks).mean() / np.abs(loud).mean() < 1.1
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "m4a"])
@@ -230,7 +238,9 @@ def test_what_is_not_audio_is_named_by_its_first_bytes(data):
     assert message.startswith(f"{len(data)} bytes that begin with {data[:8]!r} cannot be read as audio; expected a wav, ")
 
 
-@pytest.mark.parametrize("data", [b"OggS", b"ID3", b"fLaC", b"\x1a\x45\xdf\xa3", b"\xff\xfb", b"\0\0\0\x18ftypmp42", b"RIFF0000WAVE"])
+@pytest.mark.parametrize(
+    "data", [b"OggS", b"ID3", b"fLaC", b"\x1a\x45\xdf\xa3", b"\xff\xfb", b"\0\0\0\x18ftypmp42", b"RIFF0000WAVE"], ids=repr
+)
 def test_a_beginning_alone_is_an_error(data):
     assert re.search(r"incomplete|damaged", refusal(data)[0])
 
@@ -285,6 +295,19 @@ def test_one_that_keeps_its_length_to_itself_is_refused_when_the_limit_is_passed
     assert 3590 < seconds <= 3600 and rss_mib() < before + 16
 
 
+def test_an_mp4_that_speaks_of_more_samples_than_it_has_bytes_is_refused():
+    m4a = encoded("m4a")
+    table = m4a.index(b"stsz") + 8
+    many = m4a[:table] + struct.pack(">II", 1, 50_000_000) + m4a[table + 8 :]
+    assert refusal(many)[0] == f"the mp4 file of {len(m4a)} bytes is damaged: it speaks of 50000000 samples"
+    pcm = by_pyav("mov", "pcm_s16le", sound(2, RATE, 1), RATE)
+    table = pcm.index(b"stsc") + 16
+    assert "it speaks of" in refusal(pcm[:table] + struct.pack(">I", 1 << 31) + pcm[table + 4 :])[0]
+    live = by_pyav("mp4", "aac", sound(2, RATE, 1), RATE, movflags="frag_keyframe+empty_moov")
+    table = live.index(b"trun") + 4
+    assert "it speaks of" in refusal(live[:table] + struct.pack(">II", 1, 1 << 28) + live[table + 8 :])[0]
+
+
 def test_a_file_of_countless_parts_is_refused(monkeypatch):
     monkeypatch.setattr("glmasr_decode.MAX_PARTS", 100_000)
     webm = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\x01\xff\xff\xff\xff\xff\xff\xff" + b"\xec\x80" * 200_000
@@ -296,7 +319,8 @@ def long_wav(path: Path, hours: float) -> None:
     """Silence that takes no room on the disk."""
     size = int(hours * 3600 * RATE) * 2
     with path.open("wb") as file:
-        header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", size + 36, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size)
+        sizes = (size + 36, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size)
+        header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", *sizes)
         file.write(header)
         file.truncate(size + len(header))
 

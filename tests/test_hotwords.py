@@ -1,22 +1,17 @@
 """server/glmasr_hotwords.py: what gains, in either of vLLM's runners, and what that does to names and to other speech."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import glmasr_hotwords as hotwords
-import held_out
 import numpy as np
-import openai
 import pytest
 import torch
-from clients import TRANSCRIBE, audio_part, chat, wav_bytes
-from conftest import CHECKPOINT, Server
+from conftest import CHECKPOINT
 from glmasr_hotwords import (
     BEGUN, BEGUN_BYTES, DEFAULT_BIAS, HARDLY_BEGUN, MAX_BIAS, MAX_HOTWORD_CHARS, MAX_HOTWORDS, MAX_TOKENS, NO_TOKEN, UNBEGUN,
     WORD_START, HotwordBias, Vocabulary, add_gains, build_edges, hotword_tokens, parse_hotwords,
 )  # fmt: skip
-from speech import Voice, synthesize
 from transformers import AutoTokenizer
 
 from vllm.sampling_params import SamplingParams
@@ -135,7 +130,7 @@ def test_a_word_hardly_begun_ends_where_another_begins():
 def processor(place) -> HotwordBias:
     """One whose requests bring token ids, so that it needs no tokenizer."""
     made = HotwordBias(SimpleNamespace(model_config=None), place)
-    made.ends_word = SMALL_ENDS
+    made.vocabulary = SMALL
     made._edges_of = lambda sequences, bias: build_edges(sequences, bias, SMALL)
     made.edges_of = made._edges_of
     return made

@@ -144,7 +144,7 @@ def test_a_command_gives_the_expected_text(block: str, server: Server) -> None:
         assert all(expected_text(wav) in printed for wav in WAVS)
     elif "transcribe.py" in block:
         for wav in WAVS:
-            written = Path("/tmp/transcripts/wavs", wav.stem)
+            written = Path("/tmp/transcripts", wav.stem)
             assert words(written.with_suffix(".txt").read_text()) == words(expected_text(wav))
             assert written.with_suffix(".srt").is_file() and written.with_suffix(".html").is_file()
     elif "hf_demo.py" in block:

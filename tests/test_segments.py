@@ -41,8 +41,11 @@ class Recording:
         return joined
 
 
-def spoken(seed: int, count: int, pauses: tuple[tuple[float, float], ...], sounds: bool, snr_db: float | None = None) -> Recording:
-    """English and Mandarin in random voices; in long pauses tones, chords, clicks or noise, 0.4 s from either sentence."""
+def spoken(seed: int, count: int, pauses: tuple, sounds: bool, snr_db: float | None = None) -> Recording:
+    """English and Mandarin in random voices, `pauses` a choice of ranges in seconds.
+
+    `sounds` puts tones, chords, clicks or noise into long pauses, 0.4 s from either sentence.
+    """
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     parts, sentences, place = [np.zeros(RATE // 2, np.float32)], [], RATE // 2
     for _ in range(count):
@@ -114,7 +117,7 @@ def in_word(cut: int, recording: Recording) -> bool:
 # --- where speech is ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("snr_db", [None, 20, 10])
+@pytest.mark.parametrize("snr_db", [None, 10])
 def test_speech_is_found_with_its_times_and_nothing_else(snr_db):
     starts, ends, missed, false, count = [], [], 0, 0, 0
     for seed in (20, 22, 23):
@@ -150,7 +153,9 @@ def test_a_recording_without_samples_or_shorter_than_a_chunk_has_no_segments():
 # --- what is handed out -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cutting", [Cutting(), Cutting(max_s=8), Cutting(silence_ms=150), Cutting(prefix_padding_ms=1000)], ids=str)
+@pytest.mark.parametrize(
+    "cutting", [Cutting(), Cutting(max_s=8), Cutting(silence_ms=150), Cutting(prefix_padding_ms=1000)], ids=str
+)
 def test_every_sample_of_speech_is_handed_out_once_and_no_sample_twice(fluent, cutting):
     segments = segmented(fluent.samples, cutting)
     counts = handed_out(segments, fluent.samples)
@@ -201,8 +206,9 @@ def test_long_speech_is_cut_in_pauses_and_not_in_words(fluent, max_s):
     segments = segmented(fluent.samples, Cutting(max_s=max_s))
     ends = [place_of(segment, fluent.samples) + segment.samples.size for segment in segments]
     within = [end / RATE for end in ends[:-1] if in_word(end, fluent)]
-    assert len(segments) > fluent.samples.size / RATE / max_s and max(segment.samples.size for segment in segments) <= max_s * RATE
-    assert np.mean([segment.samples.size for segment in segments]) > max_s * RATE / 2
+    sizes = [segment.samples.size for segment in segments]
+    assert len(segments) > fluent.samples.size / RATE / max_s
+    assert max(sizes) <= max_s * RATE < 2 * np.mean(sizes)
     assert within == []
 
 
@@ -303,7 +309,8 @@ def test_the_modules_find_one_another_as_a_package_too(tmp_path):
     for source in registry.FILES:
         if source.startswith("server/") and source.endswith(("vad.py", "segments.py", "decode.py")):
             (tmp_path / source.split("/")[1]).write_bytes((ROOT / source).read_bytes())
-    code = f"import sys; sys.path.insert(0, {str(tmp_path.parent)!r}); import {tmp_path.name}.glmasr_segments as s, {tmp_path.name}.glmasr_decode"
+    package = tmp_path.name
+    code = f"import sys; sys.path.insert(0, {str(tmp_path.parent)!r}); import {package}.glmasr_segments, {package}.glmasr_decode"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
