@@ -23,8 +23,10 @@ import vllm.envs as envs
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.audio import resample_audio_soxr
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, AudioMediaIO, MediaConnector
-from vllm.multimodal.media.audio import load_audio_pyav, load_audio_soundfile
+from vllm.multimodal.media.audio import load_audio_soundfile
 from vllm.utils.mem_constants import MiB_bytes
+
+from .glmasr_decode import decode_blocks
 
 # Formats a client may name → media types that mean them in a data: URL.
 FORMATS = {
@@ -35,6 +37,7 @@ FORMATS = {
 }
 ALLOWED = ", ".join(FORMATS)
 EXPECTED = {"input_audio": "an audio file in base64", "audio_url": "a data: or http(s) URL"}
+DECODED_HZ = 16000  # of what soundfile cannot read: the model's own rate
 SF_ERR_SYSTEM = 2  # libsndfile's code that comes with a message about the file system
 # How each container begins. A WAV's and an AIFF's size stands between the two parts.
 SIGNATURES = {
@@ -76,8 +79,8 @@ def decode(data: bytes, max_duration_s: float, max_decode_bytes: int) -> tuple[n
         return load_audio_soundfile(BytesIO(data), **limits)
     except soundfile.LibsndfileError as error:
         reason = "it cannot be opened" if error.code == SF_ERR_SYSTEM else error.error_string
-    try:  # m4a, webm and others
-        return load_audio_pyav(BytesIO(data), **limits)
+    try:  # m4a, webm and others; not vLLM's load_audio_pyav, which eight channels make crash the process
+        return np.concatenate(list(decode_blocks(BytesIO(data), DECODED_HZ, max_duration_s))), DECODED_HZ
     except ValueError as error:
         if kind in FORMATS:
             raise ValueError(f"the {kind} file of {len(data)} bytes is damaged or incomplete: {reason}") from error

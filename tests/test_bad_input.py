@@ -314,6 +314,22 @@ def test_a_file_at_8_khz_is_taken(server: Server):
     assert texts[0] == texts[1] == texts[2] != ""
 
 
+def test_eight_channels_are_answered_and_leave_the_server_up(server: Server):
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48000, layout="7.1")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8 * 48000), np.float32), format="flt", layout="7.1")
+        frame.sample_rate = 48000
+        resampler = av.AudioResampler(format="fltp", layout="7.1", rate=48000, frame_size=1024)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    response = post_chat(server, url_part(data_url(buffer.getvalue(), "audio/mp4")), TEXT)
+    assert response.status_code in (200, 400), response.text
+
+
 def test_another_container_is_taken_where_no_format_is_declared(server: Server):
     import av
 
