@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 SECONDS, CLIPS = (7.0, 30.0), (1, 4, 16, 64)
-GRAPH_SIZES = [2**octave * eighth // 8 for octave in range(5, 11) for eighth in range(8, 16)] + [2048]
 REPEATS = 10
 
 
@@ -43,16 +42,17 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the model is at hand
     from run import matmul_ceiling
+    from serve import GPU_FLAGS
     from servers import hardware
     from vllm import LLM
 
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = models.layout_a(Path(temporary) / "a", args.layers)
         config = json.loads((folder / "config.json").read_text())
-        sizes = {"encoder_cudagraph_token_budgets": GRAPH_SIZES, "encoder_cudagraph_max_vision_items_per_batch": 32}
+        graphs = {name: value for name, value in json.loads(GPU_FLAGS[1]).items() if "encoder" in name}
         engine = LLM(
             str(folder), load_format="dummy", max_model_len=4096, gpu_memory_utilization=0.2, mm_processor_cache_gb=0,
-            compilation_config={"cudagraph_mm_encoder": True, "cudagraph_mode": "NONE", "mode": 0, **sizes},
+            compilation_config=graphs | {"cudagraph_mode": "NONE", "mode": 0},
         )  # fmt: skip
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     ceiling, rng = matmul_ceiling(), np.random.default_rng(0)

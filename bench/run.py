@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--lengths", nargs="+", choices=lengths, default=lengths)
     options.add_argument("--routes", nargs="+", choices=list(load.ROUTES), default=list(load.ROUTES))
     options.add_argument("--encodings", nargs="+", choices=list(load.MEDIA_TYPES), default=list(load.MEDIA_TYPES))
-    options.add_argument("--in-flight", type=int, nargs="+", help="None: what the table has for each kind of clip")
+    options.add_argument("--in-flight", type=int, nargs="+", choices=IN_FLIGHT, default=IN_FLIGHT, help="of those that the table has")
     return options.parse_args()
 
 
@@ -98,7 +98,7 @@ def runs(args: argparse.Namespace) -> list[tuple[Workload, int]]:
         workload: in_flight for workload, in_flight in WORKLOADS.items()
         if workload.lengths in args.lengths and workload.route in args.routes and workload.encoding in args.encodings
     }  # fmt: skip
-    return [(workload, number) for workload, in_flight in kinds.items() for number in args.in_flight or in_flight]
+    return [(workload, number) for workload, in_flight in kinds.items() for number in in_flight if number in args.in_flight]
 
 
 def main() -> int:

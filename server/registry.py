@@ -29,6 +29,7 @@ FILES = {
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
+    "server/glmasr_scheduler.py": "model_executor/models/glmasr_scheduler.py",
     "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
     "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
     "server/glmasr_transcription.py": "model_executor/models/glmasr_transcription.py",

@@ -37,7 +37,8 @@ OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # takes windows for cached that the engine never got, and answers the next request for them without text.
 # Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
 ADMISSION = ["--middleware", "vllm.entrypoints.serve.middleware.glmasr_admission.Admission"]
-FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION]
+SCHEDULER = ["--scheduler-cls", "vllm.model_executor.models.glmasr_scheduler.whole_answers_scheduler"]
+FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION, *SCHEDULER]
 # Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
 # take 4 MB), and the size and length of one file to transcribe.
 LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12"}
@@ -45,15 +46,31 @@ PLUGIN, ENDPOINTS = "glmasr", "vllm.endpoint_plugins"  # the transcription route
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 # Compiling takes longer than it saves. Hotwords have been tried on the CPU alone so far.
 CPU_FLAGS = ["--enforce-eager", "--logits-processors", "vllm.model_executor.models.glmasr_hotwords:HotwordBias"]
-# The encoder's CUDA graphs, by audio tokens (12.5 to a second), eight to each doubling; larger batches are divided.
-GRAPH_SIZES = [2**octave * eighth // 8 for octave in range(5, 11) for eighth in range(8, 16)] + [2048]
+
+
+def graph_sizes(smallest: int, largest: int, least_step: int = 1) -> list[int]:
+    """Sizes to capture CUDA graphs of: 8 to each doubling, 16 from 1024 on, where rounding a batch up costs most."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        octave = 2 ** (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(least_step, octave // (16 if octave >= 1024 else 8)))
+    return sizes
+
+
+# The encoder's graphs are of so many audio tokens (12.5 to a second); more than that are divided. The decoder's are of so
+# many tokens: whole steps, prefill and decode together. Only larger steps are launched kernel by kernel.
+ENCODER_GRAPHS = graph_sizes(32, 2048)
+DECODER_GRAPHS = [1, 2, 4, *graph_sizes(8, 4096, least_step=8)]
 GPU_FLAGS = [
     "--compilation-config",
     json.dumps(
         {
+            "cudagraph_mode": "FULL",
+            "cudagraph_capture_sizes": DECODER_GRAPHS,
+            "max_cudagraph_capture_size": DECODER_GRAPHS[-1],
             "cudagraph_mm_encoder": True,
-            "encoder_cudagraph_token_budgets": GRAPH_SIZES,
-            "encoder_cudagraph_max_vision_items_per_batch": GRAPH_SIZES[0],
+            "encoder_cudagraph_token_budgets": ENCODER_GRAPHS,
+            "encoder_cudagraph_max_vision_items_per_batch": ENCODER_GRAPHS[0],
         }
     ),
 ]
