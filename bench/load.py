@@ -36,6 +36,7 @@ BOUNDARY = "b7d3a1c94e6f4d0c8a52"  # of forms
 TIMEOUT_S = 120  # of one request
 # How long `steady` counts: so many answers to each request in flight, so many in all, and so many seconds.
 ROUNDS, LEAST_ANSWERS, LEAST_S = 2, 20, 5.0
+RAMP_S = 3.0  # in which the first requests are sent; clips of one length sent together would be answered in waves
 # No server answers faster; more clips than that need not be made.
 FASTEST_ANSWER_S, FASTEST_REAL_TIME_FACTOR = 0.04, 5000
 
@@ -120,11 +121,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Until:
-    """When clients stop although clips are left: after `rounds` answers to each in flight and `least_s`, or after `most_s`."""
+    """When clients stop although clips are left: after `rounds` answers to each in flight and `least_s`, or after `most_s`.
+
+    Before that, they send their first requests within `ramp_s`, evenly.
+    """
 
     rounds: float = field(default=float("inf"))
     least_s: float = 0.0
     most_s: float = field(default=float("inf"))
+    ramp_s: float = 0.0
 
 
 def answer_tokens(length_s: float) -> int:
@@ -214,8 +219,9 @@ async def _send_all(url: str, workload: Workload, clips: Iterator, in_flight: in
         now = time.monotonic()
         return now > began + until.most_s or (len(answered) >= (1 + until.rounds) * in_flight and now > ramped + until.least_s)
 
-    async def keep_sending(session: aiohttp.ClientSession) -> None:
+    async def keep_sending(session: aiohttp.ClientSession, i: int) -> None:
         nonlocal ramped
+        await asyncio.sleep(until.ramp_s * i / in_flight)
         for length, data in clips:  # shared by all
             sent, status, retry_after = time.monotonic(), 0, None
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -231,7 +237,7 @@ async def _send_all(url: str, workload: Workload, clips: Iterator, in_flight: in
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as session:
-        await asyncio.gather(*(keep_sending(session) for _ in range(in_flight)))
+        await asyncio.gather(*(keep_sending(session, i) for i in range(in_flight)))
     return answered, min(ends)
 
 
@@ -287,7 +293,7 @@ def steady(url: str, workload: Workload, in_flight: int, processes: int, seed: i
     rounds = max(ROUNDS, LEAST_ANSWERS / in_flight)
     fastest = min(in_flight / FASTEST_ANSWER_S, FASTEST_REAL_TIME_FACTOR / mean_s)  # requests a second
     count = round(in_flight * (2 + rounds) + LEAST_S * fastest)
-    load = send(url, workload, count, in_flight, processes, seed, Until(rounds, LEAST_S, most_s)).check()
+    load = send(url, workload, count, in_flight, processes, seed, Until(rounds, LEAST_S, most_s, RAMP_S)).check()
     if not load.counted:
         raise RuntimeError(f"nothing to count: {len(load.answered)} requests answered in {most_s} s, with {in_flight} in flight")
     return load

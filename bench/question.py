@@ -10,7 +10,7 @@ from pathlib import Path
 
 from servers import CPU_LAYERS, HAS_GPU, RESULTS, Candidate, about
 
-MOST_S = 20.0 if HAS_GPU else 60.0
+MOST_S = 30.0 if HAS_GPU else 60.0
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
