@@ -29,6 +29,7 @@ FILES = {
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
+    "server/glmasr_page.py": "model_executor/models/glmasr_page.py",
     "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
     "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
     "server/glmasr_transcription.py": "model_executor/models/glmasr_transcription.py",
@@ -37,6 +38,11 @@ FILES = {
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
 }
+PAGE = (
+    "index.html", "page.css", "icon.svg", "main.js", "words.js", "server.js", "captions.js", "live.js", "microphone.js",
+    "capture.js", "resample.js", "recording.js", "player.js", "transcript.js", "downloads.js",
+)  # fmt: skip
+FILES |= {f"server/page/{name}": f"model_executor/models/glmasr_page_files/{name}" for name in PAGE}
 
 
 # A distribution without files, through which vLLM finds its plugins: folder beside the vllm package → its files.
@@ -44,7 +50,9 @@ PLUGIN = "glm_asr_server-1.dist-info"
 PLUGIN_FILES = {
     "METADATA": "Metadata-Version: 2.1\nName: glm-asr-server\nVersion: 1\n",
     "entry_points.txt": (
-        "[vllm.endpoint_plugins]\nglmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+        "[vllm.endpoint_plugins]\n"
+        "glmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+        "glmasr_page = vllm.model_executor.models.glmasr_page:PagePlugin\n"
     ),
 }
 
@@ -179,6 +187,7 @@ def patch(package: Path) -> None:
     """Copies the files and makes the edits; what is in place already stays as it is."""
     pending(package)  # refuse before the first change
     for source, target in FILES.items():
+        (package / target).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / source, package / target)
     for edit in EDITS:
         if not _is_applied(edit, package):

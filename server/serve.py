@@ -41,7 +41,8 @@ FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSIO
 # Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
 # take 4 MB), and the size and length of one file to transcribe.
 LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12"}
-PLUGIN, ENDPOINTS = "glmasr", "vllm.endpoint_plugins"  # the transcription route, and the group that it is in
+# The transcription route and the page, and the group that they are in.
+PLUGINS, ENDPOINTS = ["glmasr", "glmasr_page"], "vllm.endpoint_plugins"
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 # Compiling takes longer than it saves. Hotwords have been tried on the CPU alone so far.
 CPU_FLAGS = ["--enforce-eager", "--logits-processors", "vllm.model_executor.models.glmasr_hotwords:HotwordBias"]
@@ -147,10 +148,10 @@ def check_limits(environment: dict[str, str]) -> None:
 def plugins(environment: dict[str, str]) -> list[str]:
     """vLLM's plugins to load: ours, and those that it would load without; once one is named, it loads no others."""
     if named := environment.get("VLLM_PLUGINS"):
-        return [*named.split(","), PLUGIN]
+        return [*named.split(","), *PLUGINS]
     installed = (one for distribution in importlib.metadata.distributions() for one in distribution.entry_points)
     others = {one.name for one in installed if one.group.startswith("vllm.") and one.group != ENDPOINTS}
-    return [*sorted(others), PLUGIN]
+    return [*sorted(others), *PLUGINS]
 
 
 def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -221,7 +221,7 @@ BAD_FIELDS = {
     "times in json": ({"timestamp_granularities[]": "segment"}, "needs response_format=verbose_json"),
     "include": ({"include[]": "faces"}, "include[] is 'faces'"),
     "logprobs in text": ({"include[]": "logprobs", "response_format": "text"}, "needs response_format=json"),
-    "a streamed srt": ({"stream": "true", "response_format": "srt"}, "stream works with json and text"),
+    "a streamed srt": ({"stream": "true", "response_format": "srt"}, "stream works with json, text and verbose_json"),
     "chunking": ({"chunking_strategy": "by hand"}, "chunking_strategy is 'by hand'"),
     "chunking out of range": ({"chunking_strategy[type]": "server_vad", "chunking_strategy[threshold]": "7"}, "threshold is 7.0"),
     "chunking not JSON": ({"chunking_strategy": "{type"}, "chunking_strategy is not JSON"),
