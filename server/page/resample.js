@@ -1,6 +1,6 @@
 // From the sound card's rate to another, as the sound comes: a windowed sinc (Kaiser), so that nothing folds back.
 
-const LOBES = 24; // zero crossings on each side; at 48 → 24 kHz: flat to 10.7 kHz, 80 dB down from 12 kHz
+const LOBES = 24; // zero crossings on each side; at 48 → 24 kHz: flat to 10 kHz, 80 dB down from 13 kHz
 const BETA = 8; // of the Kaiser window: 80 dB
 const ROLLOFF = 0.945; // where the pass band ends, of the lower rate's half
 const STEPS = 256; // places in the table between two zero crossings; values in between are interpolated
