@@ -49,7 +49,8 @@ class Page:
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a script that may await."""
-        wrapped = f"const done = arguments[arguments.length - 1]; (async () => {{ {script} }})().then(done, error => done({{failed: error.stack}}))"
+        done = "const done = arguments[arguments.length - 1]"
+        wrapped = f"{done}; (async () => {{ {script} }})().then(done, error => done({{failed: error.stack}}))"
         value = self.driver.execute_async_script(wrapped, *arguments)
         assert not (isinstance(value, dict) and "failed" in value), value["failed"]
         return value

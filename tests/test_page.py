@@ -1,9 +1,8 @@
 """The page at /, driven in headless Chromium against the real server: what users see and hear, and what they get."""
 
-import io
 import json
 import re
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import soundfile
 import webvtt
 from browser import REFUSE, Page, Relay, browse
-from clients import MODEL, WAVS, expected_text
+from clients import WAVS, expected_text
 from conftest import ROOT, Server, run_server
 from test_readme import served_files
 
@@ -173,10 +172,14 @@ def test_a_wrong_key_a_file_too_large_and_a_stopped_server_are_said(tmp_path: Pa
             page.wait(lambda: page.text("#work-state").startswith("Done"), "the transcript")
             page.drop(large)
             assert "it has 1.1 MB, and this server takes up to 1.0 MB" in notice(page, "The file is too large")
+            page.click("#tab-live")
+            page.click("#microphone")
+            page.wait(lambda: page.text("#live-state") in ("Listening", "Hearing you"), "the session")
         notice(page, "The server does not answer")
-        assert page.state() == "away"
-        page.click("#again")
+        page.wait(lambda: page.state() == "away", "the server's state")
+        assert page.text("#live-state").startswith("No connection. What you say is kept")
         page.drop(CHINESE)
+        page.wait(lambda: page.find("#again").is_displayed(), "the end of the attempt")
         notice(page, "The server does not answer")
 
 
@@ -238,13 +241,14 @@ def test_keyboard_and_screen_reader_reach_everything(page: Page, server: Server)
     transcribe(page, server, LONG)
     tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = {"button", "tab", "textbox", "searchbox", "combobox", "list", "region", "tabpanel", "progressbar", "tablist"}
-    named = [(node["role"]["value"], node.get("name", {}).get("value")) for node in tree if not node["ignored"] and "role" in node]
+    named = [(node["role"]["value"], node.get("name", {}).get("value")) for node in tree if not node["ignored"]]
     controls = [(role, name) for role, name in named if role in roles]
     assert len(controls) > 12 and all(name for _, name in controls), controls
     page.open(server.url)
     reached = []
     for _ in range(9):
-        page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9})
+        tab = {"type": "keyDown", "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9}
+        page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", tab)
         reached.append(page.run("return document.activeElement.id"))
     assert reached[:7] == ["key-toggle", "language-toggle", "tab-live", "speech-language", "context", "captions", "microphone"]
 
@@ -288,13 +292,71 @@ def test_a_refused_microphone_is_said(server: Server, tmp_path: Path):
         assert page.text("#live-state") == "Microphone is off"
 
 
+def listen(page: Page, server_url: str) -> float:
+    """Opens the page and turns the microphone on; the time when it is."""
+    page.open(server_url)
+    page.click("#microphone")
+    page.wait(lambda: page.text("#live-state") in ("Listening", "Hearing you"), "the session")
+    return time.monotonic()
+
+
+def stop_listening(page: Page) -> list[str]:
+    """The captions once all is final."""
+    page.click("#microphone")
+    page.wait(lambda: page.text("#live-state") == "Microphone is off", "the last words")
+    assert page.texts("#pending p") == [] and page.text("#notice") == ""
+    return page.texts("#firm span")
+
+
+def test_captions_appear_while_the_microphone_plays_and_end_as_the_final_text(server: Server, tmp_path: Path):
+    length_s = soundfile.info(CHINESE).duration
+    with browse(tmp_path, microphone=CHINESE) as page:
+        began = listen(page, server.url)
+        page.wait(lambda: any(page.texts("#pending span")), "the first words")
+        first_s = time.monotonic() - began
+        seen = page.texts("#pending span")[0]
+        page.wait(lambda: page.texts("#firm p"), "the first sentence")
+        sentence_s = time.monotonic() - began
+        time.sleep(max(0, began + length_s + 1 - time.monotonic()))
+        captions = stop_listening(page)
+        print(f"of {length_s:.1f} s: first words {seen!r} after {first_s:.1f} s, first sentence after {sentence_s:.1f} s")
+        assert sentence_s < length_s - 3
+        events = page.frames()
+        finals = [event["transcript"] for event in events if event["type"].endswith("input_audio_transcription.completed")]
+        assert captions == [final.strip() for final in finals if final.strip()]
+        assert letters("".join(captions)) == letters(expected_text(CHINESE))
+        srt = pysubs2.SSAFile.from_string(page.download("#live-actions [data-format=srt]").decode(), format_="srt")
+        assert [cue.plaintext for cue in srt] == captions and srt[-1].end / 1000 < length_s + 3
+        assert json.loads(page.download("#live-actions [data-format=json]"))["text"] == "".join(captions)
+        assert page.complaints() == []
+
+
+def test_captions_outlive_a_cut_connection_with_nothing_lost_or_doubled(server: Server, tmp_path: Path):
+    relay = Relay(int(server.url.rpartition(":")[2]))
+    length_s = soundfile.info(CHINESE).duration
+    with browse(tmp_path, microphone=CHINESE) as page:
+        began = listen(page, f"http://127.0.0.1:{relay.port}")
+        page.wait(lambda: page.texts("#firm p") and any(page.texts("#pending span")), "words after a sentence")
+        relay.cut()
+        notice(page, "The server does not answer")
+        assert page.text("#live-state").startswith("No connection. What you say is kept")
+        relay.restore()
+        page.wait(lambda: page.text("#live-state") in ("Listening", "Hearing you") and not page.text("#notice"), "the session again")
+        print(f"cut and found again within {time.monotonic() - began:.1f} s of {length_s:.1f} s")
+        time.sleep(max(0, began + length_s + 1 - time.monotonic()))
+        captions = stop_listening(page)
+    assert letters("".join(captions)) == letters(expected_text(CHINESE))
+    relay.cut()
+
+
 @pytest.mark.parametrize("rate", [48000, 44100, 16000])
 def test_the_microphone_is_resampled_without_folding(page: Page, server: Server, rate: int):
     page.open(server.url)
     script = """const { Resampler } = await import(new URL("page/resample.js", document.baseURI));
         const [rate, hertz, count] = arguments, resampler = new Resampler(rate, 24000), out = [];
         for (let from = 0; from < count; from += 128) {
-            out.push(...resampler.feed(Float32Array.from({length: 128}, (_, i) => 0.5 * Math.sin(2 * Math.PI * hertz * (from + i) / rate))));
+            const tone = Float32Array.from({length: 128}, (_, i) => 0.5 * Math.sin(2 * Math.PI * hertz * (from + i) / rate));
+            out.push(...resampler.feed(tone));
         }
         return [...out, ...resampler.finish()]"""
     time_s = np.arange(24000) / 24000

@@ -15,6 +15,7 @@ export class Captions {
   #live = null;
   #microphone = null;
   #opening = false;
+  #awake = null;
   #earlier = []; // items of the captions before this press of the button, their times already shifted
   #offset = 0; // where this press began, in samples
   #shown = new Map(); // item → its paragraph
@@ -53,7 +54,8 @@ export class Captions {
     $("live-actions").hidden = true;
     this.#live = new Live({ ...this.options(), onItems: () => this.#render(), onState: (...state) => this.#state(...state) });
     for (const pcm of waiting) this.#live.feed(pcm);
-    this.#button("microphoneStop", true);
+    this.#button("microphoneStop");
+    this.#stayAwake();
   }
 
   async #close() {
@@ -61,14 +63,25 @@ export class Captions {
     this.#microphone = null;
     await microphone.close();
     this.#level(0);
-    this.#button("microphoneEnd", false);
+    this.#button("microphoneEnd");
+    this.#awake?.release();
     this.#live?.finish();
   }
 
-  #button(key, pressed) {
+  #button(key) {
     label($("microphone"), key);
-    $("microphone").setAttribute("aria-pressed", pressed);
+    $("microphone").classList.toggle("on", key === "microphoneStop");
     $("microphone").classList.toggle("finishing", key === "microphoneEnd");
+  }
+
+  // A phone's screen stays on while captions run, where the browser knows how and allows it.
+  async #stayAwake() {
+    if (!navigator.wakeLock) return;
+    try {
+      this.#awake = await navigator.wakeLock.request("screen");
+    } catch (error) {
+      if (!(error instanceof DOMException)) throw error;
+    }
   }
 
   #state(state, value, refused) {
@@ -90,7 +103,7 @@ export class Captions {
     document.body.dataset.live = "ended";
     if (refused) this.notify(refused);
     if (this.#microphone) await this.#close();
-    this.#button("microphoneStart", false);
+    this.#button("microphoneStart");
     put($("live-state"), "liveIdle");
     this.#render();
     if (this.#earlier.length) this.#offer();
@@ -126,7 +139,8 @@ export class Captions {
   // A row is put into the log once, whole: screen readers then say it once.
   #show({ source, start, text, state }, place) {
     let row = this.#shown.get(source);
-    if (row?.dataset.state === state && row.parentElement === place && (state !== "hearing" || row.lastChild.textContent === text)) return;
+    const same = row?.dataset.state === state && row.parentElement === place;
+    if (same && (state !== "hearing" || row.lastChild.textContent === text)) return;
     if (!row) {
       row = document.createElement("p");
       row.append(document.createElement("time"), document.createElement("span"));

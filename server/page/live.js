@@ -143,9 +143,9 @@ export class Live {
 
   #committed(id) {
     if (this.#commit) this.#commit = "";
-    const item = this.items.find(item => item.id === id);
+    const item = this.items.find(item => item.id === id), start = Math.max(this.#begin, this.#sent - KEPT_IN_SILENCE);
     if (item) item.end ??= this.#sent;
-    else this.items.push({ id, start: Math.max(this.#begin, this.#sent - KEPT_IN_SILENCE), end: this.#sent, text: "", state: "hearing" });
+    else this.items.push({ id, start, end: this.#sent, text: "", state: "hearing" });
   }
 
   #settle(item, state, text) {

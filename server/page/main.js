@@ -7,16 +7,17 @@ import { chinese, label, put, setLanguage } from "./words.js";
 
 const $ = id => document.getElementById(id);
 const LANGUAGE = "glmasr-language"; // in localStorage: what the user last chose
-let awayIsShown = false;
 
 // Shows a Refusal, or takes away what is shown.
 function notify(refused) {
-  awayIsShown = refused?.key === "errorAway";
+  const shown = refused && [refused.key, refused.detail, ...refused.values].join();
+  if (shown && shown === $("notice").dataset.shown) return; // said once
+  $("notice").dataset.shown = shown ?? "";
+  $("notice").dataset.key = refused?.key ?? "";
   $("notice").replaceChildren();
   if (!refused) return;
   const message = document.createElement("p"), close = document.createElement("button");
   put(message, refused.key, ...refused.values);
-  $("notice").dataset.key = refused.key;
   $("notice").append(message);
   if (refused.detail) {
     const detail = document.createElement("p");
@@ -82,18 +83,24 @@ function listen() {
 }
 
 function watch() {
+  let said = ""; // of the server's state: said once, so that it can be closed
   const server = new Watch((state, value) => {
     $("status").dataset.state = state;
     put($("status-text"), state);
     if (state === "ready") {
       $("model").textContent = value;
-      if (awayIsShown || $("notice").dataset.key?.startsWith("errorKey")) notify(null);
-    } else if ($("notice").dataset.key !== value.key || !$("notice").childElementCount) notify(value);
+      if (/^error(Away|Key)/.test($("notice").dataset.key)) notify(null);
+      said = "";
+    } else if (said !== value.key) {
+      said = value.key;
+      notify(value);
+    }
   });
   $("key-form").addEventListener("submit", event => {
     event.preventDefault();
     setApiKey($("key-input").value.trim());
     notify(null);
+    said = "";
     openKey(false);
     $("key-toggle").focus();
     server.look();

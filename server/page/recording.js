@@ -72,7 +72,8 @@ export class Recording {
     try {
       this.#check(source);
       const asked = this.options();
-      await (asked.instruction ? this.#ask(source, asked, cancel.signal, took) : this.#transcribe(source, asked, cancel.signal, took));
+      if (asked.instruction) await this.#ask(source, asked, cancel.signal, took);
+      else await this.#transcribe(source, asked, cancel.signal, took);
     } catch (error) {
       if (cancel !== this.#cancel) return; // another recording has taken this one's place
       if (error instanceof Refusal) this.notify(error);
@@ -135,7 +136,8 @@ export class Recording {
     });
     if (!whole) throw new Refusal("errorBroken");
     const { text, language: spoken, duration, warnings } = whole;
-    if (segments.length) offer($("file-actions"), () => this.#name(), () => ({ text, language: spoken, duration, segments, warnings }));
+    const transcript = { text, language: spoken, duration, segments, warnings };
+    if (segments.length) offer($("file-actions"), () => this.#name(), () => transcript);
     if (warnings.length) put($("warnings"), "doubts", warnings.join("; "));
     $("warnings").hidden = !warnings.length;
     if (segments.length) put($("work-state"), "doneAudio", clock(duration), took());
