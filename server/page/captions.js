@@ -26,6 +26,11 @@ export class Captions {
     $("microphone").addEventListener("click", () => this.#press());
   }
 
+  // The server is there.
+  retry() {
+    this.#live?.retry();
+  }
+
   async #press() {
     if (this.#opening) return;
     if (this.#microphone) return this.#close();

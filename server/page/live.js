@@ -59,8 +59,15 @@ export class Live {
     this.#pump();
   }
 
+  // The server is known to be there: does not wait any longer for the next try.
+  retry() {
+    if (this.#timers.retry) this.#connect();
+  }
+
   async #connect() {
     let name;
+    clearTimeout(this.#timers.retry);
+    this.#timers.retry = 0;
     this.onState(this.#finishing ? "finishing" : "connecting");
     try {
       name = await model(); // a WebSocket's refusal cannot be read, this one's can
@@ -96,7 +103,7 @@ export class Live {
   }
 
   #take(event, name) {
-    const item = this.items.find(({ id }) => id === event.item_id);
+    const item = this.items.findLast(({ id }) => id === event.item_id);
     if (this.#finishing) this.#waitOn();
     switch (event.type) {
       case "session.created": return this.#configure(name);
@@ -143,7 +150,7 @@ export class Live {
 
   #committed(id) {
     if (this.#commit) this.#commit = "";
-    const item = this.items.find(item => item.id === id), start = Math.max(this.#begin, this.#sent - KEPT_IN_SILENCE);
+    const item = this.items.findLast(item => item.id === id), start = Math.max(this.#begin, this.#sent - KEPT_IN_SILENCE);
     if (item) item.end ??= this.#sent;
     else this.items.push({ id, start, end: this.#sent, text: "", state: "hearing" });
   }

@@ -82,13 +82,14 @@ function listen() {
   $("key-toggle").addEventListener("click", () => openKey($("key-form").hidden));
 }
 
-function watch() {
+function watch(captions) {
   let said = ""; // of the server's state: said once, so that it can be closed
   const server = new Watch((state, value) => {
     $("status").dataset.state = state;
     put($("status-text"), state);
     if (state === "ready") {
       $("model").textContent = value;
+      captions.retry();
       if (/^error(Away|Key)/.test($("notice").dataset.key)) notify(null);
       said = "";
     } else if (said !== value.key) {
@@ -112,6 +113,5 @@ const chosen = localStorage.getItem(LANGUAGE) ?? navigator.language;
 setLanguage(/^zh/i.test(chosen) ? "zh" : "en");
 listen();
 show("live");
-new Captions({ options, notify });
 new Recording({ options, notify, show: () => show("file") });
-watch();
+watch(new Captions({ options, notify }));
