@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.datastructures import State
 
+import vllm.envs as envs
 from vllm.engine.protocol import EngineClient
+from vllm.utils.mem_constants import MiB_bytes
 
 from .glmasr_upload import limits
 
@@ -41,9 +43,11 @@ HEADERS = {
 
 
 def page_files() -> dict[str, bytes]:
-    """Each file's content by its name; the page is told how large a file may be."""
+    """Each file's content by its name; the page is told how large a file may be, to transcribe and in chat."""
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
-    files["index.html"] = files["index.html"].replace(b"{{max_file_bytes}}", str(limits().file_bytes).encode())
+    most = {b"max_file_bytes": limits().file_bytes, b"max_clip_bytes": envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB * MiB_bytes}
+    for name, count in most.items():
+        files["index.html"] = files["index.html"].replace(b"{{%s}}" % name, b"%d" % count)
     return files
 
 

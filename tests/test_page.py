@@ -152,9 +152,10 @@ def test_what_is_not_audio_and_what_is_empty_is_said(page: Page, server: Server,
 
 def test_a_wrong_key_a_file_too_large_and_a_stopped_server_are_said(tmp_path: Path):
     large = tmp_path / "large.wav"
-    soundfile.write(large, np.zeros(600_000, np.int16), 16000)
+    soundfile.write(large, np.zeros(1_200_000, np.int16), 16000)
+    limits = {"MAX_UPLOAD_MB": "2", "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "1"}
     with browse(tmp_path) as page:
-        with run_server(tmp_path / "server.log", API_KEY=KEY, MAX_UPLOAD_MB="1") as locked:
+        with run_server(tmp_path / "server.log", API_KEY=KEY, **limits) as locked:
             page.open(locked.url)
             assert page.state() == "locked"
             notice(page, "asks for an API key")
@@ -171,13 +172,18 @@ def test_a_wrong_key_a_file_too_large_and_a_stopped_server_are_said(tmp_path: Pa
             page.drop(CHINESE)
             page.wait(lambda: page.text("#work-state").startswith("Done"), "the transcript")
             page.drop(large)
-            assert "it has 1.1 MB, and this server takes up to 1.0 MB" in notice(page, "The file is too large")
+            assert "it has 2.3 MB, and up to 2.0 MB are taken" in notice(page, "The file is too large")
+            page.find("#instruction option[value=describe]").click()
+            page.drop(large)
+            notice(page, "up to 1.0 MB are taken")
             page.click("#tab-live")
             page.click("#microphone")
             page.wait(lambda: page.text("#live-state") in ("Listening", "Hearing you"), "the session")
         notice(page, "The server does not answer")
         page.wait(lambda: page.state() == "away", "the server's state")
         assert page.text("#live-state").startswith("No connection. What you say is kept")
+        page.find("#tab-file").click()
+        page.find("#instruction option[value=transcribe]").click()
         page.drop(CHINESE)
         page.wait(lambda: page.find("#again").is_displayed(), "the end of the attempt")
         notice(page, "The server does not answer")

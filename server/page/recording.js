@@ -9,7 +9,7 @@ import { put } from "./words.js";
 const $ = id => document.getElementById(id);
 const MB = 2 ** 20;
 const DESCRIBE = "Please describe this audio."; // the model was trained on this wording, whatever the page's language
-const MAX_FILE_BYTES = Number(document.documentElement.dataset.maxFileBytes);
+const { maxFileBytes, maxClipBytes } = document.documentElement.dataset; // the server's limits for transcripts and in chat
 
 function megabytes(bytes) {
   return (bytes / MB).toFixed(bytes < 10 * MB ? 1 : 0);
@@ -70,8 +70,8 @@ export class Recording {
     this.#prepare(source);
     const began = performance.now(), took = () => ((performance.now() - began) / 1000).toFixed(1);
     try {
-      this.#check(source);
       const asked = this.options();
+      this.#check(source, asked.instruction ? Number(maxClipBytes) : Number(maxFileBytes));
       if (asked.instruction) await this.#ask(source, asked, cancel.signal, took);
       else await this.#transcribe(source, asked, cancel.signal, took);
     } catch (error) {
@@ -99,12 +99,10 @@ export class Recording {
     $("again").hidden = false;
   }
 
-  #check(source) {
+  #check(source, most) {
     if (!(source instanceof File)) return;
     if (!source.size) throw new Refusal("errorEmpty");
-    if (source.size > MAX_FILE_BYTES) {
-      throw new Refusal("errorTooLarge", "", megabytes(source.size), megabytes(MAX_FILE_BYTES));
-    }
+    if (source.size > most) throw new Refusal("errorTooLarge", "", megabytes(source.size), megabytes(most));
   }
 
   // The bar without a value runs to and fro.
