@@ -68,17 +68,15 @@ class Page:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 300, "data": data})
 
-    def download(self, selector: str) -> bytes:
-        """What a click saves."""
+    def download(self, actions: str, suffix: str) -> bytes:
+        """What the button for this format saves. Chromium makes an empty file of that name first, and writes into another."""
         before = set(self.downloads.iterdir())
-        self.click(selector)
-        (path,) = self.wait(lambda: self._complete(before), "a download")
-        return path.read_bytes()
+        self.click(f"{actions} [data-format={suffix}]")
 
-    def _complete(self, before: set[Path]) -> list[Path]:
-        """Chromium makes an empty file of the final name first, and writes into another."""
-        new = set(self.downloads.iterdir()) - before
-        return [] if any(path.suffix == ".crdownload" for path in new) else [path for path in new if path.stat().st_size]
+        def saved() -> list[Path]:
+            return [path for path in self.downloads.glob(f"*.{suffix}") if path not in before and path.stat().st_size]
+
+        return self.wait(saved, f"a download of {suffix}")[0].read_bytes()
 
     def frames(self) -> list[dict]:
         """The events that came over WebSockets since the last call."""

@@ -60,10 +60,10 @@ def transcribe(page: Page, server: Server, wav: Path) -> None:
 def test_a_dropped_file_gives_a_transcript_and_downloads_that_parse(page: Page, server: Server):
     transcribe(page, server, LONG)
     assert letters("".join(page.texts("#segments li span"))) == letters(expected_text(LONG))
-    text = page.download("#file-actions [data-format=txt]").decode()
+    text = page.download("#file-actions", "txt").decode()
     assert letters(text) == letters(expected_text(LONG))
-    srt = page.download("#file-actions [data-format=srt]").decode()
-    vtt = page.download("#file-actions [data-format=vtt]").decode()
+    srt = page.download("#file-actions", "srt").decode()
+    vtt = page.download("#file-actions", "vtt").decode()
     cues = pysubs2.SSAFile.from_string(srt, format_="srt")
     captions = webvtt.from_string(vtt)
     assert letters("".join(cue.plaintext for cue in cues)) == letters("".join(cue.text for cue in captions)) == letters(text)
@@ -71,7 +71,7 @@ def test_a_dropped_file_gives_a_transcript_and_downloads_that_parse(page: Page, 
     for name, downloaded in (("srt", srt), ("vtt", vtt)):
         answer = httpx.post(f"{server.url}/v1/audio/transcriptions", files=files, data={"response_format": name}, timeout=60)
         assert downloaded == answer.text
-    whole = json.loads(page.download("#file-actions [data-format=json]"))
+    whole = json.loads(page.download("#file-actions", "json"))
     assert whole["text"] + "\n" == text and whole["language"] == "english"
     assert [segment["text"] for segment in whole["segments"]] == page.texts("#segments li span")
 
@@ -129,7 +129,7 @@ def test_a_description_is_given(page: Page, server: Server):
     page.find("#file").send_keys(str(LONG.with_name("en_cake.wav")))
     page.wait(lambda: page.text("#work-state").startswith("Done"), "the description")
     assert page.text("#answer").startswith("A ") and "speaks English" in page.text("#answer")
-    assert page.download("#file-actions [data-format=txt]").decode().strip() == page.text("#answer")
+    assert page.download("#file-actions", "txt").decode().strip() == page.text("#answer")
     page.find("#instruction option[value=own]").click()
     page.find("#own").send_keys("Please transcribe this audio.")
     page.click("#again")
@@ -331,9 +331,9 @@ def test_captions_appear_while_the_microphone_plays_and_end_as_the_final_text(se
         finals = [event["transcript"] for event in events if event["type"].endswith("input_audio_transcription.completed")]
         assert captions == [final.strip() for final in finals if final.strip()]
         assert letters("".join(captions)) == letters(expected_text(CHINESE))
-        srt = pysubs2.SSAFile.from_string(page.download("#live-actions [data-format=srt]").decode(), format_="srt")
+        srt = pysubs2.SSAFile.from_string(page.download("#live-actions", "srt").decode(), format_="srt")
         assert [cue.plaintext for cue in srt] == captions and srt[-1].end / 1000 < length_s + 3
-        assert json.loads(page.download("#live-actions [data-format=json]"))["text"] == "".join(captions)
+        assert json.loads(page.download("#live-actions", "json"))["text"] == "".join(captions)
         assert page.complaints() == []
 
 
