@@ -165,7 +165,8 @@ export class Live {
     if (this.#commit && id === this.#commit) { // nothing was left to commit
       this.#commit = "";
       if (this.#finished()) this.#end();
-    } else if (code !== "session_expired") this.onState("problem", message);
+    } else if (!this.#ready) this.#end(new Refusal("errorLiveEvent", message)); // it would not take the session as we want it
+    else if (code !== "session_expired") this.onState("problem", message);
   }
 
   // Lets go of audio that a finished sentence holds, or that was silence.
