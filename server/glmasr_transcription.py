@@ -369,7 +369,7 @@ async def create_transcription(fields: dict[str, Any], raw_request: Request) -> 
     form.model = form.model or serving.models.model_name()
     if (refused := await serving._check_model(form)) is not None:
         return JSONResponse(refused.model_dump(), status_code=refused.error.code)
-    form.language = _language(form.language)
+    form.language = known_language(form.language)
     file = form.file.file if isinstance(form.file, UploadFile) else await fetch(form.url, raw_request.app.state.args)
     rate, progress = int(serving.asr_config.sample_rate), Progress()
     request_id = f"transcribe-{serving._base_request_id(raw_request)}"
@@ -390,7 +390,7 @@ async def create_transcription(fields: dict[str, Any], raw_request: Request) -> 
     return StreamingResponse(events(form, first, answers, progress), headers=EVENTS)
 
 
-def _language(language: str | None) -> str | None:
+def known_language(language: str | None) -> str | None:
     """Raises VLLMValidationError for a language that the model does not know."""
     if not language:
         return None

@@ -20,21 +20,33 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
     "server/glmasr_admission.py": "entrypoints/serve/middleware/glmasr_admission.py",
+    "server/glmasr_agreement.py": "model_executor/models/glmasr_agreement.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
     "server/glmasr_decode.py": "model_executor/models/glmasr_decode.py",
+    "server/glmasr_events.py": "model_executor/models/glmasr_events.py",
     "server/glmasr_graphs.py": "model_executor/models/glmasr_graphs.py",
     "server/glmasr_guard.py": "model_executor/models/glmasr_guard.py",
     "server/glmasr_hotwords.py": "model_executor/models/glmasr_hotwords.py",
     "server/glmasr_kernels.py": "model_executor/models/glmasr_kernels.py",
-    "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
+    "server/glmasr_limits.py": "model_executor/models/glmasr_limits.py",
+    "server/glmasr_live.py": "model_executor/models/glmasr_live.py",
+    "server/glmasr_live_metrics.py": "model_executor/models/glmasr_live_metrics.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
+    "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
     "server/glmasr_page.py": "model_executor/models/glmasr_page.py",
+    "server/glmasr_scribe.py": "model_executor/models/glmasr_scribe.py",
     "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
+    "server/glmasr_session.py": "model_executor/models/glmasr_session.py",
+    "server/glmasr_subprotocol.py": "model_executor/models/glmasr_subprotocol.py",
     "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
     "server/glmasr_transcription.py": "model_executor/models/glmasr_transcription.py",
+    "server/glmasr_turns.py": "model_executor/models/glmasr_turns.py",
     "server/glmasr_upload.py": "model_executor/models/glmasr_upload.py",
     "server/glmasr_vad.py": "model_executor/models/glmasr_vad.py",
+    "server/glmasr_voices.py": "model_executor/models/glmasr_voices.py",
+    "server/glmasr_wire.py": "model_executor/models/glmasr_wire.py",
+    "server/server_ws.py": "model_executor/models/server_ws.py",
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
 }
@@ -52,6 +64,7 @@ PLUGIN_FILES = {
     "entry_points.txt": (
         "[vllm.endpoint_plugins]\n"
         "glmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+        "glmasr_live = vllm.model_executor.models.glmasr_live:LivePlugin\n"
         "glmasr_page = vllm.model_executor.models.glmasr_page:PagePlugin\n"
     ),
 }

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import registry
+from glmasr_limits import COUNTS, LIVE_LIMITS
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL_MODEL, BUNDLED = ROOT / "model", ROOT / "checkpoint"
@@ -37,12 +38,13 @@ OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # takes windows for cached that the engine never got, and answers the next request for them without text.
 # Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
 ADMISSION = ["--middleware", "vllm.entrypoints.serve.middleware.glmasr_admission.Admission"]
-FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION]
+SUBPROTOCOL = ["--middleware", "vllm.model_executor.models.glmasr_subprotocol.KeyInSubprotocol"]
+FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION, *SUBPROTOCOL]
 # Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
 # take 4 MB), and the size and length of one file to transcribe.
-LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12"}
-# The transcription route and the page, and the group that they are in.
-PLUGINS, ENDPOINTS = ["glmasr", "glmasr_page"], "vllm.endpoint_plugins"
+LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12", **LIVE_LIMITS}
+# The routes and the page, and the group that they are in.
+PLUGINS, ENDPOINTS = ("glmasr", "glmasr_live", "glmasr_page"), "vllm.endpoint_plugins"
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 # Compiling takes longer than it saves. Hotwords have been tried on the CPU alone so far.
 CPU_FLAGS = ["--enforce-eager", "--logits-processors", "vllm.model_executor.models.glmasr_hotwords:HotwordBias"]
@@ -141,6 +143,8 @@ def check_limits(environment: dict[str, str]) -> None:
         value = environment[name]
         if name == "MAX_IN_FLIGHT" and not (value.isdecimal() and int(value) > 0):
             raise ValueError(f"{name}={value}: expected a number of requests, 1 or more")
+        if name in COUNTS and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"{name}={value}: expected a whole number, 1 or more")
         if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
             raise ValueError(f"{name}={value}: expected a number above 0")
 
