@@ -15,7 +15,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-WAIT_S = 20
+WAIT_S = 60  # on a busy machine
 ALLOW, REFUSE = 1, 2  # Chromium's values of a content setting
 
 

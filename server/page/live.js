@@ -10,7 +10,7 @@ const KEPT_IN_SILENCE = 5 * RATE; // behind what was sent: a beginning of speech
 const MAX_UNSENT_BYTES = 2 ** 18; // in the socket, about 4 s of sound; more waits here
 const STUCK_MS = 15_000; // a socket that sends nothing for so long is dead, though nobody has closed it
 const PUMP_MS = 50;
-const SILENT_MS = 20_000; // while finishing: a server that says nothing for so long has nothing more to say
+const SILENT_MS = 60_000; // while finishing: a server that says nothing for so long has nothing more to say
 
 const PREFIX = "input_audio_buffer.", SPOKEN = "conversation.item.input_audio_transcription.";
 
