@@ -16,6 +16,7 @@ serve: patched
 	exec $(VENV_PYTHON) server/serve.py
 
 test: patched
+	tests/chromium.sh
 	$(VENV_PYTHON) -m pytest tests -rP --durations=10
 
 docker-test:

@@ -274,17 +274,29 @@ def render(form: Form, answers: list[Answer], text: str, progress: Progress) -> 
     )
 
 
+def segment_event(answer: Answer, index: int) -> dict:
+    """OpenAI's event for a segment, whose speaker is unknown, with what verbose_json says of it and its subtitle cues."""
+    segment = answer.segment
+    shown = cues(segment.start_s, segment.end_s, answer.guarded.text)
+    rounded = [{"start": round(cue.start_s, 3), "end": round(cue.end_s, 3), "text": cue.text} for cue in shown]
+    return {"type": "transcript.text.segment", **verbose(answer, index), "id": str(index), "speaker": "", "cues": rounded}
+
+
 async def events(form: Form, first: Answer | None, answers: AsyncIterator[Answer], progress: Progress) -> AsyncIterator[str]:
-    """OpenAI's server-sent events: a delta for each segment, then the whole text."""
-    text, logprobs = "", []
+    """OpenAI's server-sent events: a delta for each segment, with verbose_json also the segment, then the whole text."""
+    text, logprobs, count, warnings = "", [], 0, set()
 
     def delta(answer: Answer) -> Iterator[str]:
-        nonlocal text
+        nonlocal text, count
+        warnings.update(answer.guarded.warnings)
         if added := joined(text, answer.guarded.text):
             text += added
             logprobs.extend(answer.logprobs)
             event: dict[str, Any] = {"type": "transcript.text.delta", "delta": added}
             yield _event(event | ({"logprobs": answer.logprobs} if form.include else {}))
+            if form.response_format == "verbose_json":
+                yield _event(segment_event(answer, count))
+            count += 1
 
     try:
         if first is not None:
@@ -299,6 +311,8 @@ async def events(form: Form, first: Answer | None, answers: AsyncIterator[Answer
     tokens = {"input_tokens": progress.prompt_tokens, "output_tokens": progress.answer_tokens}
     usage = {"type": "tokens", **tokens, "total_tokens": sum(tokens.values())}
     done: dict[str, Any] = {"type": "transcript.text.done", "text": text, "usage": usage}
+    if form.response_format == "verbose_json":
+        done |= {"language": language_of(form, text), "duration": round(progress.seconds, 3), "warnings": sorted(warnings)}
     yield _event(done | ({"logprobs": logprobs} if form.include else {}))
 
 
@@ -331,8 +345,8 @@ def parsed(fields: dict[str, Any]) -> Form:
         )
     if form.include and form.response_format != "json":
         raise VLLMValidationError(f"include[]=logprobs needs response_format=json, not {form.response_format}", parameter="include")
-    if form.stream and form.response_format not in ("json", "text"):
-        raise VLLMValidationError(f"stream works with json and text, not with {form.response_format}", parameter="stream")
+    if form.stream and form.response_format in SUBTITLES:
+        raise VLLMValidationError(f"stream works with json, text and verbose_json, not with {form.response_format}", parameter="stream")
     if form.use_beam_search or form.n != 1:
         raise VLLMValidationError("beam search is not available in transcription: leave use_beam_search and n", parameter="n")
     try:
@@ -355,7 +369,7 @@ async def create_transcription(fields: dict[str, Any], raw_request: Request) -> 
     form.model = form.model or serving.models.model_name()
     if (refused := await serving._check_model(form)) is not None:
         return JSONResponse(refused.model_dump(), status_code=refused.error.code)
-    form.language = _language(form.language)
+    form.language = known_language(form.language)
     file = form.file.file if isinstance(form.file, UploadFile) else await fetch(form.url, raw_request.app.state.args)
     rate, progress = int(serving.asr_config.sample_rate), Progress()
     request_id = f"transcribe-{serving._base_request_id(raw_request)}"
@@ -376,7 +390,7 @@ async def create_transcription(fields: dict[str, Any], raw_request: Request) -> 
     return StreamingResponse(events(form, first, answers, progress), headers=EVENTS)
 
 
-def _language(language: str | None) -> str | None:
+def known_language(language: str | None) -> str | None:
     """Raises VLLMValidationError for a language that the model does not know."""
     if not language:
         return None

@@ -20,24 +20,42 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "server/glm_asr.py": "model_executor/models/glm_asr.py",
     "server/glmasr_admission.py": "entrypoints/serve/middleware/glmasr_admission.py",
+    "server/glmasr_agreement.py": "model_executor/models/glmasr_agreement.py",
     "server/glmasr_audio.py": "model_executor/models/glmasr_audio.py",
     "server/glmasr_decode.py": "model_executor/models/glmasr_decode.py",
+    "server/glmasr_events.py": "model_executor/models/glmasr_events.py",
     "server/glmasr_graphs.py": "model_executor/models/glmasr_graphs.py",
     "server/glmasr_guard.py": "model_executor/models/glmasr_guard.py",
     "server/glmasr_hotwords.py": "model_executor/models/glmasr_hotwords.py",
     "server/glmasr_kernels.py": "model_executor/models/glmasr_kernels.py",
-    "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
+    "server/glmasr_limits.py": "model_executor/models/glmasr_limits.py",
+    "server/glmasr_live.py": "model_executor/models/glmasr_live.py",
+    "server/glmasr_live_metrics.py": "model_executor/models/glmasr_live_metrics.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
+    "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
+    "server/glmasr_page.py": "model_executor/models/glmasr_page.py",
     "server/glmasr_scheduler.py": "model_executor/models/glmasr_scheduler.py",
+    "server/glmasr_scribe.py": "model_executor/models/glmasr_scribe.py",
     "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
+    "server/glmasr_session.py": "model_executor/models/glmasr_session.py",
+    "server/glmasr_subprotocol.py": "model_executor/models/glmasr_subprotocol.py",
     "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
     "server/glmasr_transcription.py": "model_executor/models/glmasr_transcription.py",
+    "server/glmasr_turns.py": "model_executor/models/glmasr_turns.py",
     "server/glmasr_upload.py": "model_executor/models/glmasr_upload.py",
     "server/glmasr_vad.py": "model_executor/models/glmasr_vad.py",
+    "server/glmasr_voices.py": "model_executor/models/glmasr_voices.py",
+    "server/glmasr_wire.py": "model_executor/models/glmasr_wire.py",
+    "server/server_ws.py": "model_executor/models/server_ws.py",
     "model/waveform_glmasr.py": "model_executor/models/waveform_glmasr.py",
     "model/configuration_glmasr.py": "transformers_utils/configs/glmasr.py",
 }
+PAGE = (
+    "index.html", "page.css", "icon.svg", "main.js", "words.js", "server.js", "captions.js", "live.js", "microphone.js",
+    "capture.js", "resample.js", "recording.js", "player.js", "transcript.js", "downloads.js",
+)  # fmt: skip
+FILES |= {f"server/page/{name}": f"model_executor/models/glmasr_page_files/{name}" for name in PAGE}
 
 
 # A distribution without files, through which vLLM finds its plugins: folder beside the vllm package → its files.
@@ -45,7 +63,10 @@ PLUGIN = "glm_asr_server-1.dist-info"
 PLUGIN_FILES = {
     "METADATA": "Metadata-Version: 2.1\nName: glm-asr-server\nVersion: 1\n",
     "entry_points.txt": (
-        "[vllm.endpoint_plugins]\nglmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+        "[vllm.endpoint_plugins]\n"
+        "glmasr = vllm.model_executor.models.glmasr_transcription:TranscriptionPlugin\n"
+        "glmasr_live = vllm.model_executor.models.glmasr_live:LivePlugin\n"
+        "glmasr_page = vllm.model_executor.models.glmasr_page:PagePlugin\n"
     ),
 }
 
@@ -180,6 +201,7 @@ def patch(package: Path) -> None:
     """Copies the files and makes the edits; what is in place already stays as it is."""
     pending(package)  # refuse before the first change
     for source, target in FILES.items():
+        (package / target).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / source, package / target)
     for edit in EDITS:
         if not _is_applied(edit, package):

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import registry
+from glmasr_limits import COUNTS, LIVE_LIMITS
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL_MODEL, BUNDLED = ROOT / "model", ROOT / "checkpoint"
@@ -37,12 +38,14 @@ OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # takes windows for cached that the engine never got, and answers the next request for them without text.
 # Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
 ADMISSION = ["--middleware", "vllm.entrypoints.serve.middleware.glmasr_admission.Admission"]
+SUBPROTOCOL = ["--middleware", "vllm.model_executor.models.glmasr_subprotocol.KeyInSubprotocol"]
 SCHEDULER = ["--scheduler-cls", "vllm.model_executor.models.glmasr_scheduler.whole_answers_scheduler"]
-FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION, *SCHEDULER]
+FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION, *SUBPROTOCOL, *SCHEDULER]
 # Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
 # take 4 MB), and the size and length of one file to transcribe.
-LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12"}
-PLUGIN, ENDPOINTS = "glmasr", "vllm.endpoint_plugins"  # the transcription route, and the group that it is in
+LIMITS = {"MAX_IN_FLIGHT": "1024", "MAX_UPLOAD_MB": "1024", "MAX_AUDIO_HOURS": "12", **LIVE_LIMITS}
+# The routes and the page, and the group that they are in.
+PLUGINS, ENDPOINTS = ("glmasr", "glmasr_live", "glmasr_page"), "vllm.endpoint_plugins"
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB
 # Compiling takes longer than it saves. Hotwords have been tried on the CPU alone so far.
 CPU_FLAGS = ["--enforce-eager", "--logits-processors", "vllm.model_executor.models.glmasr_hotwords:HotwordBias"]
@@ -157,6 +160,8 @@ def check_limits(environment: dict[str, str]) -> None:
         value = environment[name]
         if name == "MAX_IN_FLIGHT" and not (value.isdecimal() and int(value) > 0):
             raise ValueError(f"{name}={value}: expected a number of requests, 1 or more")
+        if name in COUNTS and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"{name}={value}: expected a whole number, 1 or more")
         if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
             raise ValueError(f"{name}={value}: expected a number above 0")
 
@@ -164,10 +169,10 @@ def check_limits(environment: dict[str, str]) -> None:
 def plugins(environment: dict[str, str]) -> list[str]:
     """vLLM's plugins to load: ours, and those that it would load without; once one is named, it loads no others."""
     if named := environment.get("VLLM_PLUGINS"):
-        return [*named.split(","), PLUGIN]
+        return [*named.split(","), *PLUGINS]
     installed = (one for distribution in importlib.metadata.distributions() for one in distribution.entry_points)
     others = {one.name for one in installed if one.group.startswith("vllm.") and one.group != ENDPOINTS}
-    return [*sorted(others), PLUGIN]
+    return [*sorted(others), *PLUGINS]
 
 
 def command(arguments: list[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:

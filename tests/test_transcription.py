@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import re
 import threading
 import time
@@ -178,6 +179,26 @@ def test_streamed_events_are_of_the_clients_types(server):
     assert events[-1].usage.total_tokens == events[-1].usage.input_tokens + events[-1].usage.output_tokens > 50
 
 
+def test_a_streamed_verbose_json_tells_each_segment_as_the_whole_answer_does(server):
+    long = next(wav for wav in WAVS if wav.stem == "en_long").read_bytes()
+    fields = {"response_format": "verbose_json"}
+    lines = [line.removeprefix("data: ") for line in post(server, fields | {"stream": "true"}, long).text.splitlines() if line]
+    events = [TypeAdapter(TranscriptionStreamEvent).validate_json(line, strict=True) for line in lines]
+    told = [json.loads(line) for line in lines]
+    whole = post(server, fields, long).json()
+    segments = [event for event in told if event["type"] == "transcript.text.segment"]
+    assert len(segments) > 5 and events[-1].text == whole["text"] == "".join(e["delta"] for e in told if "delta" in e)
+    assert {name: told[-1][name] for name in ("language", "duration", "warnings")} == {
+        name: whole[name] for name in ("language", "duration", "warnings")
+    }
+    for segment, expected in zip(segments, whole["segments"], strict=True):
+        assert [segment[name] for name in ("start", "end", "text", "tokens")] == [
+            expected[name] for name in ("start", "end", "text", "tokens")
+        ]
+        assert words(" ".join(cue["text"] for cue in segment["cues"])) == words(segment["text"])
+        assert (segment["cues"][0]["start"], segment["cues"][-1]["end"]) == (segment["start"], segment["end"])
+
+
 def test_logprobs_are_given_when_asked_for(client):
     found = create(client, include=["logprobs"]).logprobs
     assert "".join(one.token for one in found).strip() == expected_text(SAMPLE)
@@ -221,7 +242,7 @@ BAD_FIELDS = {
     "times in json": ({"timestamp_granularities[]": "segment"}, "needs response_format=verbose_json"),
     "include": ({"include[]": "faces"}, "include[] is 'faces'"),
     "logprobs in text": ({"include[]": "logprobs", "response_format": "text"}, "needs response_format=json"),
-    "a streamed srt": ({"stream": "true", "response_format": "srt"}, "stream works with json and text"),
+    "a streamed srt": ({"stream": "true", "response_format": "srt"}, "stream works with json, text and verbose_json"),
     "chunking": ({"chunking_strategy": "by hand"}, "chunking_strategy is 'by hand'"),
     "chunking out of range": ({"chunking_strategy[type]": "server_vad", "chunking_strategy[threshold]": "7"}, "threshold is 7.0"),
     "chunking not JSON": ({"chunking_strategy": "{type"}, "chunking_strategy is not JSON"),

@@ -150,6 +150,11 @@ raise SystemExit(text != expected)
 PY
 done
 
+say "the page"
+for path in / /page/main.js; do
+    curl --silent --show-error --fail --noproxy '*' --output /dev/null "http://localhost:$PORT$path" || fail "no $path"
+done
+
 say "$compose down"
 $compose --profile cpu down --timeout 20
 ! docker inspect "$container" >/dev/null 2>&1 || fail "the container is still there"
