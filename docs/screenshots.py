@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from browser import Page, browse  # noqa: E402
 from conftest import run_server  # noqa: E402
 
-DESKTOP, PHONE = (960, 640), (390, 760)
+DESKTOP, PHONE = (960, 720), (390, 760)
 SPOKEN, RECORDING = ROOT / "wavs" / "zh_birthday.wav", ROOT / "wavs" / "en_long.wav"
 MAX_BYTES = 200_000
 
@@ -33,15 +33,15 @@ def dark(page: Page) -> None:
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def live(folder: Path, url: str, name: str, wav: Path, size: tuple[int, int], language: str, phone: bool) -> None:
-    """While the second sentence is being heard."""
+def live(folder: Path, url: str, name: str, wav: Path, language: str, sentences: int, phone: bool) -> None:
+    """While words are being heard after so many sentences."""
     with browse(folder, microphone=wav, language=language) as page:
-        page.resize(*size, scale=2 if phone else 1, mobile=phone)
+        page.resize(*(PHONE if phone else DESKTOP), scale=2 if phone else 1, mobile=phone)
         if phone:
             dark(page)
         page.open(url)
         page.click("#microphone")
-        page.wait(lambda: page.texts("#firm p") and any(page.texts("#pending span")), "words being heard after a sentence", 40)
+        page.wait(lambda: len(page.texts("#firm p")) >= sentences and any(page.texts("#pending span")), "words being heard")
         time.sleep(0.3)
         save(page, name)
 
@@ -60,8 +60,8 @@ def recording(folder: Path, url: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, run_server(Path(name) / "server.log", DTYPE="float32") as server:
         folder = Path(name)
-        live(folder, server.url, "page-live.png", RECORDING, DESKTOP, "en-US", phone=False)
-        live(folder, server.url, "page-phone.png", SPOKEN, PHONE, "zh-CN", phone=True)
+        live(folder, server.url, "page-live.png", RECORDING, "en-US", sentences=4, phone=False)
+        live(folder, server.url, "page-phone.png", SPOKEN, "zh-CN", sentences=1, phone=True)
         recording(folder, server.url)
 
 

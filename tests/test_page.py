@@ -16,7 +16,7 @@ from clients import WAVS, expected_text
 from conftest import ROOT, Server, run_server
 from test_readme import served_files
 
-KEY = "a secret"
+KEY = "a-secret"
 PAGE = ROOT / "server" / "page"
 LONG, CHINESE = (next(wav for wav in WAVS if wav.stem == stem) for stem in ("en_long", "zh_birthday"))
 LIVE = ("Listening", "Hearing you")
@@ -192,6 +192,17 @@ def test_a_wrong_key_a_file_too_large_and_a_stopped_server_are_said(tmp_path: Pa
 def enter_key(page: Page, key: str) -> None:
     page.find("#key-input").clear()
     page.find("#key-input").send_keys(f"{key}\n")
+
+
+def test_a_key_that_browsers_cannot_send_live_is_said(page: Page, server: Server):
+    page.open(server.url)
+    page.click("#key-toggle")
+    enter_key(page, "two words")
+    page.click("#microphone")
+    notice(page, "no spaces")
+    page.wait(lambda: page.text("#live-state") == "Microphone is off", "the microphone to be off again")
+    page.click("#key-toggle")
+    enter_key(page, "")
 
 
 def test_the_page_finds_a_server_again_by_itself(page: Page, server: Server):

@@ -11,6 +11,7 @@ const MAX_UNSENT_BYTES = 2 ** 18; // in the socket, about 4 s of sound; more wai
 const STUCK_MS = 15_000; // a socket that sends nothing for so long is dead, though nobody has closed it
 const PUMP_MS = 50;
 const SILENT_MS = 60_000; // while finishing: a server that says nothing for so long has nothing more to say
+const PROTOCOL = /^[!#$%&'*+.^_`|~0-9A-Za-z-]*$/; // what a WebSocket's subprotocol, and so a key in it, may consist of
 
 const PREFIX = "input_audio_buffer.", SPOKEN = "conversation.item.input_audio_transcription.";
 
@@ -79,6 +80,7 @@ export class Live {
     const url = new URL("v1/realtime?intent=transcription", document.baseURI);
     url.protocol = url.protocol.replace("http", "ws");
     const key = apiKey() ? [`openai-insecure-api-key.${apiKey()}`] : [];
+    if (!PROTOCOL.test(key.join(""))) return this.#end(new Refusal("errorLiveKey"));
     const socket = this.#socket = new WebSocket(url, ["realtime", ...key]);
     socket.onmessage = ({ data }) => { if (socket === this.#socket) this.#take(JSON.parse(data), name); };
     socket.onclose = ({ code }) => { if (socket === this.#socket) this.#dropped(code); };

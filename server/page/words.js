@@ -48,6 +48,7 @@ const ENGLISH = {
   errorUnreadable: "The server cannot use this recording. It may not be audio, or be damaged.",
   errorServer: "The server failed on this request.",
   errorLive: "The server takes no live connection at the moment; it may be full. The page keeps trying.",
+  errorLiveKey: "Browsers cannot send this API key on a live connection: it may hold letters, digits and -._~ but no spaces.",
   errorLiveEvent: "The server reports a problem with the live session.",
 };
 
@@ -99,6 +100,7 @@ const CHINESE = {
   errorUnreadable: "服务器无法使用这段录音：它可能不是音频，或已损坏。",
   errorServer: "服务器处理此请求时出错。",
   errorLive: "服务器暂不接受实时连接，可能已满。本页会持续重试。",
+  errorLiveKey: "浏览器无法在实时连接上发送此 API 密钥：它可以包含字母、数字和 -._~，但不能有空格。",
   errorLiveEvent: "服务器报告实时会话有问题。",
 };
 
