@@ -93,9 +93,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Answer:
-    """One segment's text, and its tokens' logprobs where they were asked for."""
+    """One segment's text, when it is said, and its tokens' logprobs where they were asked for. Does not hold its audio."""
 
-    segment: Segment
+    start_s: float
+    end_s: float
     guarded: Guarded
     token_ids: list[int]
     logprobs: list[dict] = field(default_factory=list)
@@ -179,7 +180,7 @@ class Transcriber:
         output = next((output for text, output in outputs.items() if text.strip() == guarded.text), None)
         logprobs = self._logprobs(output) if output and self.form.include else []
         token_ids = list(output.token_ids) if output else self.tokenizer.encode(guarded.text, add_special_tokens=False)
-        return Answer(segment, guarded, token_ids, logprobs)
+        return Answer(segment.start_s, segment.end_s, guarded, token_ids, logprobs)
 
     async def _generate(self, samples: np.ndarray, temperature: float) -> CompletionOutput:
         serving, form = self.serving, self.form
@@ -230,12 +231,12 @@ def language_of(form: Form, text: str) -> str:
 
 def verbose(answer: Answer, index: int) -> dict:
     """OpenAI's TranscriptionSegment, with what the guard still doubts."""
-    segment, guarded = answer.segment, answer.guarded
+    guarded = answer.guarded
     return {
         "id": index,
-        "seek": int(100 * segment.start_s),
-        "start": round(segment.start_s, 3),
-        "end": round(segment.end_s, 3),
+        "seek": int(100 * answer.start_s),
+        "start": round(answer.start_s, 3),
+        "end": round(answer.end_s, 3),
         "text": guarded.text,
         "tokens": answer.token_ids,
         "temperature": guarded.temperature,
@@ -254,7 +255,7 @@ def render(form: Form, answers: list[Answer], text: str, progress: Progress) -> 
         return PlainTextResponse(text + "\n")
     if form.response_format in SUBTITLES:
         write, media_type = SUBTITLES[form.response_format]
-        shown = [cue for one in spoken for cue in cues(one.segment.start_s, one.segment.end_s, one.guarded.text)]
+        shown = [cue for one in spoken for cue in cues(one.start_s, one.end_s, one.guarded.text)]
         return Response(write(shown), media_type=media_type)
     if form.response_format == "json":
         found: dict[str, Any] = {"text": text, "usage": usage}
