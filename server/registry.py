@@ -28,6 +28,7 @@ FILES = {
     "server/glmasr_kernels.py": "model_executor/models/glmasr_kernels.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
+    "server/glmasr_names.py": "model_executor/models/glmasr_names.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
     "server/glmasr_segments.py": "model_executor/models/glmasr_segments.py",
     "server/glmasr_subtitles.py": "model_executor/models/glmasr_subtitles.py",
