@@ -40,20 +40,36 @@ def transcripts(url: str, waveforms: list[np.ndarray], in_flight: int) -> list[s
     return asyncio.run(_ask_all(url, [_body(waveform) for waveform in waveforms], in_flight))
 
 
-def _body(waveform: np.ndarray) -> bytes:
+def wav_bytes(waveform: np.ndarray) -> bytes:
+    """(samples,) float32 as float WAV, which keeps every bit."""
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform, RATE, format="WAV", subtype="FLOAT")
-    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(buffer.getvalue()).decode(), "format": "wav"}}
+    return buffer.getvalue()
+
+
+def _body(waveform: np.ndarray) -> bytes:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav_bytes(waveform)).decode(), "format": "wav"}}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": INSTRUCTION}]}]
     return json.dumps({"messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}).encode()
 
 
-async def _ask_all(url: str, bodies: list[bytes], in_flight: int) -> list[str]:
+def transcribed(url: str, waveforms: list[np.ndarray], in_flight: int, **fields: str) -> list[str]:
+    """As `transcripts`, by the transcription route, with further fields of its form."""
+    return asyncio.run(_ask_all(url, [wav_bytes(waveform) for waveform in waveforms], in_flight, fields))
+
+
+async def _ask_all(url: str, bodies: list[bytes], in_flight: int, fields: dict[str, str] | None = None) -> list[str]:
+    """By chat, or by the transcription route where there are fields."""
     free = asyncio.Semaphore(in_flight)
 
     async def ask(session: aiohttp.ClientSession, body: bytes) -> str:
-        async with free, session.post(url + ROUTES["chat"], data=body, headers={"Content-Type": "application/json"}) as response:
-            return (await response.json())["choices"][0]["message"]["content"]
+        if fields is None:
+            async with free, session.post(url + ROUTES["chat"], data=body, headers={"Content-Type": "application/json"}) as response:
+                return (await response.json())["choices"][0]["message"]["content"]
+        form = aiohttp.FormData(fields)
+        form.add_field("file", body, filename="speech.wav")
+        async with free, session.post(url + ROUTES["transcriptions"], data=form) as response:
+            return (await response.json())["text"]
 
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, raise_for_status=True) as session:

@@ -106,6 +106,15 @@ def probe_duration(file: BinaryIO | Path) -> float | None:
         return _told_s(sound)
 
 
+def read_by_soundfile(file: BinaryIO) -> bool:
+    """Whether soundfile, if it can read the file at all, reads it to its end: not so with some mp3s and joined recordings.
+
+    Raises:
+        ValueError: the file is empty, incomplete, or damaged in its structure
+    """
+    return _Source(file).check()
+
+
 def _resampler(native: int, sampling_rate: int) -> soxr.ResampleStream | None:
     if not RATES[0] <= native <= RATES[1]:
         raise ValueError(f"the audio has a sampling rate of {native} Hz; expected {RATES[0]} to {RATES[1]}")

@@ -13,6 +13,8 @@ Samples = TypeVar("Samples")
 
 FASTEST = (9.0, 12.0)  # words/s, CJK characters/s: more than this nobody says
 BRISK = (7.0, 9.0)  # the same: what repeats itself and is faster than this is a loop
+SLOWEST = (0.9, 1.1)  # the same: where there is a text, more is said than this; slow speech has 1.7 and 2
+JUDGED_S = 1.5  # of speech; in less, one slow word may be all
 SLACK_S = 0.5  # speech that a voice activity detector may have missed
 MIN_SPEECH_S = 0.1  # less is no speech
 MAX_COMPRESSION = 2.4  # Whisper's bound; text above it repeats itself
@@ -84,6 +86,7 @@ def doubts(decoded: Decoded, seconds: float, speech_s: float) -> list[str]:
         too_much_text  more than can be said in the time
         no_speech      text, although there is no speech
         cut_off        it ran into its bound
+        too_little     the text has not even a slow speaker's words: a sentence is missing
 
     Args:
         seconds: length of the audio
@@ -103,6 +106,8 @@ def doubts(decoded: Decoded, seconds: float, speech_s: float) -> list[str]:
         found += ["no_speech"] if decoded.text.strip() else []
     elif _spoken_s(units, FASTEST) > room_s:
         found.append("too_much_text")
+    elif units and not cut_off and speech_s > max(JUDGED_S, _spoken_s(units, SLOWEST)):
+        found.append("too_little")
     return found + ["cut_off"] if cut_off else found
 
 
@@ -136,6 +141,8 @@ async def transcribe(
         raise ValueError(f"expected at least 1 try, got {max_tries}")
     tries: list[tuple[Decoded, list[str], float]] = []
     for temperature, in_windows in ((0.0, False), (0.0, True), *((t, False) for t in TEMPERATURES)):
+        if temperature and set(tries[-1][1]) <= {"too_little"}:
+            break  # sampling finds no sentence that windows have not found, but may invent one
         windows = split(samples) if in_windows else [samples]
         if in_windows and len(windows) < 2:
             continue

@@ -26,7 +26,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, AudioMediaIO, MediaC
 from vllm.multimodal.media.audio import load_audio_soundfile
 from vllm.utils.mem_constants import MiB_bytes
 
-from .glmasr_decode import decode_blocks
+from .glmasr_decode import decode_blocks, read_by_soundfile
 
 # Formats a client may name → media types that mean them in a data: URL.
 FORMATS = {
@@ -69,16 +69,17 @@ def decode(data: bytes, max_duration_s: float, max_decode_bytes: int) -> tuple[n
     """A file's bytes to (samples,) float32, channels averaged, and the rate in Hz.
 
     Raises:
-        ValueError: the data are empty, not audio, damaged, or longer than the limits
+        ValueError: the data are empty, not audio, incomplete, damaged, or longer than the limits
     """
     if not data:
         raise ValueError(f"the audio is empty (0 bytes); expected a {ALLOWED} file")
     limits = {"sr": None, "max_duration_s": max_duration_s, "max_decode_bytes": max_decode_bytes}
-    kind = container(data)
-    try:
-        return load_audio_soundfile(BytesIO(data), **limits)
-    except soundfile.LibsndfileError as error:
-        reason = "it cannot be opened" if error.code == SF_ERR_SYSTEM else error.error_string
+    kind, reason = container(data), "soundfile would not read it to its end"
+    if read_by_soundfile(BytesIO(data)):
+        try:
+            return load_audio_soundfile(BytesIO(data), **limits)
+        except soundfile.LibsndfileError as error:
+            reason = "it cannot be opened" if error.code == SF_ERR_SYSTEM else error.error_string
     try:  # m4a, webm and others; not vLLM's load_audio_pyav, which eight channels make crash the process
         return np.concatenate(list(decode_blocks(BytesIO(data), DECODED_HZ, max_duration_s))), DECODED_HZ
     except ValueError as error:

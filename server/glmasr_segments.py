@@ -20,7 +20,7 @@ MIN_SPEECH = SAMPLING_RATE // 10  # shorter sounds are not handed out, nor do th
 MIN_REST = SAMPLING_RATE // 2  # what a cut in speech leaves to the next segment, at least
 GRID = 1280  # cuts within speech lie on multiples of this from the segment's first sample: 80 ms, an audio token
 PAUSE = SAMPLING_RATE * 24 // 100  # such a cut is placed where the mean energy over this span is lowest
-MIN_HALF = SAMPLING_RATE // 2  # shorter ones `halves` does not make
+MIN_HALF, EDGE_SHARE = SAMPLING_RATE // 2, 6  # shorter ones `halves` does not make, nor less than a sixth
 
 RANGES = {"threshold": (0.01, 0.99), "prefix_padding_ms": (0, 1000), "silence_ms": (100, 10_000), "max_s": (5, 30)}
 
@@ -83,9 +83,9 @@ def quietest(samples: np.ndarray, cuts: np.ndarray) -> int:
 
 
 def halves(samples: np.ndarray) -> list[np.ndarray]:
-    """Samples (samples,) cut in two where it is quietest in the middle half; uncut where they are too short for that."""
-    first = -(-max(samples.size // 4, MIN_HALF) // GRID) * GRID
-    last = samples.size - max(samples.size // 4, MIN_HALF)
+    """Samples (samples,) cut in two where it is quietest in the middle two thirds; uncut where they are too short for that."""
+    least = max(samples.size // EDGE_SHARE, MIN_HALF)
+    first, last = -(-least // GRID) * GRID, samples.size - least
     if first > last:
         return [samples]
     return np.split(samples, [quietest(samples, np.arange(first, last + 1, GRID))])

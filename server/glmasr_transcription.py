@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -33,8 +33,9 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from .glmasr_decode import decode_blocks
-from .glmasr_guard import Decoded, Guarded, max_tokens, transcribe
+from .glmasr_guard import Decoded, Guarded, compression_ratio, max_tokens, transcribe
 from .glmasr_hotwords import parse_hotwords
+from .glmasr_names import Token, with_hotwords
 from .glmasr_segments import Cutting, Segment, Segmenter, halves
 from .glmasr_subtitles import cues, srt, vtt
 from .glmasr_upload import TooLarge, fetch, limits, read_form
@@ -93,9 +94,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Answer:
-    """One segment's text, and its tokens' logprobs where they were asked for."""
+    """One segment's text, when it is said, and its tokens' logprobs where they were asked for. Does not hold its audio."""
 
-    segment: Segment
+    start_s: float
+    end_s: float
     guarded: Guarded
     token_ids: list[int]
     logprobs: list[dict] = field(default_factory=list)
@@ -132,13 +134,12 @@ class Transcriber:
         self.serving, self.form, self.request_id, self.progress = serving, form, request_id, progress
         self.tokenizer = serving.renderer.get_tokenizer()
         self.asked = 0
-        self.extra = dict(form.vllm_xargs or {})
-        if words := parse_hotwords(form.hotwords or ""):
-            if not serving.model_config.logits_processors:
-                raise VLLMValidationError("hotwords need a server started with --logits-processors; see README", parameter="hotwords")
-            self.extra["hotwords"] = words
-            if form.hotword_bias is not None:
-                self.extra["hotword_bias"] = form.hotword_bias
+        self.hotwords = [] if form.hotword_bias == 0 else parse_hotwords(form.hotwords or "")
+        self.bias: dict[str, Any] = {"hotwords": self.hotwords}
+        if form.hotword_bias is not None:
+            self.bias["hotword_bias"] = form.hotword_bias
+        if self.hotwords and not serving.model_config.logits_processors:
+            raise VLLMValidationError("hotwords need a server started with --logits-processors; see README", parameter="hotwords")
 
     async def answers(self, cut: Iterator[Segment]) -> AsyncIterator[Answer]:
         """In the recording's order, each as soon as it and all before it are there.
@@ -177,11 +178,32 @@ class Transcriber:
         rate = self.serving.asr_config.sample_rate
         guarded = await transcribe(segment.samples, segment.samples.size / rate, segment.speech_s, decode, halves)
         output = next((output for text, output in outputs.items() if text.strip() == guarded.text), None)
+        if self.hotwords and output and guarded.text:
+            guarded, output = await self._with_hotwords(segment.samples, guarded, output)
         logprobs = self._logprobs(output) if output and self.form.include else []
         token_ids = list(output.token_ids) if output else self.tokenizer.encode(guarded.text, add_special_tokens=False)
-        return Answer(segment, guarded, token_ids, logprobs)
+        return Answer(segment.start_s, segment.end_s, guarded, token_ids, logprobs)
 
-    async def _generate(self, samples: np.ndarray, temperature: float) -> CompletionOutput:
+    async def _with_hotwords(
+        self, samples: np.ndarray, guarded: Guarded, output: CompletionOutput
+    ) -> tuple[Guarded, CompletionOutput | None]:
+        """Decodes once more, with the bias, and takes over the hotwords that belong in the answer; it has no output then."""
+        biased = await self._generate(samples, guarded.temperature, self.bias)
+        text = with_hotwords(guarded.text, self._places(output), biased.text, self.hotwords)
+        if text == guarded.text:
+            return guarded, output
+        return replace(guarded, text=text, compression_ratio=compression_ratio(text)), None
+
+    def _places(self, output: CompletionOutput) -> list[Token]:
+        """Where each token is in the stripped text, with its logprob."""
+        ends = [len(self.tokenizer.decode(output.token_ids[: i + 1], skip_special_tokens=True)) for i in range(len(output.token_ids))]
+        led = len(output.text) - len(output.text.lstrip())
+        chosen = zip([0, *ends], ends, output.token_ids, output.logprobs)  # noqa: B905 - the first begins at 0
+        return [(begin - led, end - led, of_token[token_id].logprob) for begin, end, token_id, of_token in chosen]
+
+    async def _generate(
+        self, samples: np.ndarray, temperature: float, bias: dict[str, Any] | None = None
+    ) -> CompletionOutput:
         serving, form = self.serving, self.form
         stt = form.build_stt_params(samples, serving.asr_config, serving.model_config, "transcribe")
         prompt = parse_model_prompt(serving.model_config, serving.model_cls.get_generation_prompt(stt))
@@ -189,8 +211,9 @@ class Transcriber:
         params: SamplingParams = form.to_sampling_params(self._most_tokens(samples), serving.default_sampling_params)
         params.temperature = temperature
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        params.extra_args = self.extra or None
-        params.logprobs = 0 if form.include or form.response_format == "verbose_json" or temperature > 0 else None
+        params.extra_args = {**(form.vllm_xargs or {}), **(bias or {})} or None
+        wanted = form.include or form.response_format == "verbose_json" or temperature > 0 or self.hotwords
+        params.logprobs = 0 if wanted else None
         self.asked += 1
         generator = serving.engine_client.generate(engine_input, params, f"{self.request_id}-{self.asked}")
         async with aclosing(generator):
@@ -230,12 +253,12 @@ def language_of(form: Form, text: str) -> str:
 
 def verbose(answer: Answer, index: int) -> dict:
     """OpenAI's TranscriptionSegment, with what the guard still doubts."""
-    segment, guarded = answer.segment, answer.guarded
+    guarded = answer.guarded
     return {
         "id": index,
-        "seek": int(100 * segment.start_s),
-        "start": round(segment.start_s, 3),
-        "end": round(segment.end_s, 3),
+        "seek": int(100 * answer.start_s),
+        "start": round(answer.start_s, 3),
+        "end": round(answer.end_s, 3),
         "text": guarded.text,
         "tokens": answer.token_ids,
         "temperature": guarded.temperature,
@@ -254,7 +277,7 @@ def render(form: Form, answers: list[Answer], text: str, progress: Progress) -> 
         return PlainTextResponse(text + "\n")
     if form.response_format in SUBTITLES:
         write, media_type = SUBTITLES[form.response_format]
-        shown = [cue for one in spoken for cue in cues(one.segment.start_s, one.segment.end_s, one.guarded.text)]
+        shown = [cue for one in spoken for cue in cues(one.start_s, one.end_s, one.guarded.text)]
         return Response(write(shown), media_type=media_type)
     if form.response_format == "json":
         found: dict[str, Any] = {"text": text, "usage": usage}
@@ -345,6 +368,8 @@ def parsed(fields: dict[str, Any]) -> Form:
         )
     if form.include and form.response_format != "json":
         raise VLLMValidationError(f"include[]=logprobs needs response_format=json, not {form.response_format}", parameter="include")
+    if form.include and form.hotwords:
+        raise VLLMValidationError("include[]=logprobs is not available with hotwords", parameter="include")
     if form.stream and form.response_format in SUBTITLES:
         raise VLLMValidationError(f"stream works with json, text and verbose_json, not with {form.response_format}", parameter="stream")
     if form.use_beam_search or form.n != 1:

@@ -33,6 +33,7 @@ FILES = {
     "server/glmasr_live_metrics.py": "model_executor/models/glmasr_live_metrics.py",
     "server/glmasr_media.py": "model_executor/models/glmasr_media.py",
     "server/glmasr_mel.py": "model_executor/models/glmasr_mel.py",
+    "server/glmasr_names.py": "model_executor/models/glmasr_names.py",
     "server/glmasr_packing.py": "model_executor/models/glmasr_packing.py",
     "server/glmasr_page.py": "model_executor/models/glmasr_page.py",
     "server/glmasr_scheduler.py": "model_executor/models/glmasr_scheduler.py",

@@ -23,11 +23,12 @@ from demo import is_healthy, stop  # noqa: E402
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address, how long it took to be healthy, and where it logs."""
+    """A running server: its address, how long it took to be healthy, where it logs, and its API process."""
 
     url: str
     started_s: float
     log: Path
+    pid: int
 
     @property
     def client(self) -> openai.OpenAI:
@@ -50,7 +51,7 @@ def run_server(log: Path, *options: str, **settings: str) -> Iterator[Server]:
             assert process.poll() is None, f"the server ended with {process.returncode}:\n{tail(log)}"
             assert time.monotonic() - began < START_S, f"not healthy after {START_S} s:\n{tail(log)}"
             time.sleep(0.2)
-        yield Server(f"http://127.0.0.1:{port}", time.monotonic() - began, log)
+        yield Server(f"http://127.0.0.1:{port}", time.monotonic() - began, log, process.pid)
     finally:
         stop(process)
 

@@ -99,7 +99,7 @@ BAD_FILES = {
     "zeros": (bytes(20000), "20000 bytes that begin with b'\\x00"),
     "a header cut at 20 bytes": (WAV[:20], "wav file of 20 bytes is damaged or incomplete"),
     "a header cut at 40 bytes": (WAV[:40], "wav file of 40 bytes is damaged or incomplete"),
-    "a header and no samples": (WAV[:44], "0.000 s long (0 samples at 16000 Hz); at least 0.1 s is needed"),
+    "a header and no samples": (WAV[:44], "wav file is incomplete: by its headers it has at least 119538 bytes, but 44 came"),
     "under 0.1 s": (wav_bytes(SPEECH[:1599]), "0.100 s long (1599 samples at 16000 Hz); at least 0.1 s is needed"),
     "under 0.1 s at 44100 Hz": (wav_bytes(SPEECH[:2000], 44100), "at least 0.1 s is needed"),
     "NaN": (broken(np.nan), "1 NaN or infinite samples"),
@@ -109,7 +109,6 @@ BAD_FILES = {
 
 # What transcription, which decodes as a stream, says otherwise.
 SAID_IN_TRANSCRIPTION = {
-    "a header and no samples": "wav file is incomplete: by its headers it has at least 119538 bytes, but 44 came",
     "NaN": "NaN or infinite samples after",
     "infinity": "NaN or infinite samples after",
 }
@@ -125,9 +124,8 @@ def test_a_bad_file_is_refused_by_name_in_chat_and_in_transcription(server: Serv
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
 def test_a_header_cut_short_is_refused_in_every_format(server: Server, kind: str):
     cut = encoded(SPEECH, kind=kind.upper())[:50]
-    problem = f"the {kind} file of 50 bytes is damaged or incomplete"
-    assert problem in refusal(post_chat(server, audio_part(cut, kind), TEXT))
-    assert re.search(rf"the {kind} file .*incomplete", refusal(post_transcription(server, cut, f"speech.{kind}")))
+    for refused in (post_chat(server, audio_part(cut, kind), TEXT), post_transcription(server, cut, f"speech.{kind}")):
+        assert re.search(rf"the {kind} file .*incomplete", refusal(refused))
 
 
 def test_an_empty_file_is_refused_as_empty(server: Server):

@@ -178,6 +178,29 @@ def test_recordings_joined_in_one_file_are_decoded_all():
     assert decoded(bare * 3).size == pytest.approx(3 * decoded(mp3).size, abs=RATE // 5)
 
 
+@pytest.mark.parametrize("kind", ["opus", "mp3"])
+def test_joined_recordings_come_whole_in_chat_too(kind):
+    one = encoded(kind, 4)
+    assert at_once(one * 2).size == pytest.approx(2 * at_once(one).size, abs=RATE // 5)
+
+
+def test_an_mp3_of_variable_rate_that_does_not_tell_its_length_comes_whole_in_chat():
+    """By its first frames, which are silent, soundfile takes it for shorter, and stops there."""
+    samples, file = sound(12, 44100, 1), io.BytesIO()
+    samples[: 6 * 44100] = 0
+    soundfile.write(file, samples, 44100, format="MP3", bitrate_mode="VARIABLE", compression_level=0)
+    told = file.getvalue()
+    bare = told.replace(b"Xing", bytes(4), 1)
+    assert bare != told and len(soundfile.read(io.BytesIO(bare))[0]) < 8 * 44100
+    assert at_once(bare).size == pytest.approx(12 * RATE, abs=RATE // 5)
+
+
+def test_a_wav_that_is_cut_off_is_refused_in_chat_too():
+    data = encoded("wav", 8)
+    with pytest.raises(ValueError, match=r"is incomplete: by its headers it has at least \d+ bytes"):
+        glmasr_media.decode(data[: len(data) // 2], 100, 1 << 30)
+
+
 def test_a_rate_that_changes_midway_is_followed():
     low, high = encoded("aac", rate=22050), encoded("aac", rate=44100)
     assert decoded(low + high).size == pytest.approx(2 * 3.2 * RATE, abs=RATE // 5)

@@ -120,6 +120,12 @@ def test_more_than_can_be_said_is_doubted_though_nothing_is_repeated(spoken):
     assert doubts(answer(english), 4, 20) == ["too_much_text"]
 
 
+@pytest.mark.parametrize(("text", "speech_s"), [("再见。", 4.5), ("你会说中文吗？", 8.4), ("Good evening.", 3.0)])
+def test_less_than_the_slowest_say_is_doubted(text, speech_s):
+    assert doubts(answer(text), 10, speech_s) == ["too_little"]
+    assert doubts(answer(text), 10, speech_s / 3) == doubts(answer(""), 10, speech_s) == []
+
+
 def test_no_time_and_no_tries_are_refused():
     for seconds, speech_s in ((0, 0), (-1, 0), (1, -1), (float("nan"), 0), (1, float("nan"))):
         with pytest.raises(ValueError, match="expected more than 0 s of audio"):
@@ -148,7 +154,7 @@ def test_the_bound_on_tokens_leaves_room_for_all_that_is_said(language):
 
 
 def guard(
-    answers: dict[tuple[str, float], Decoded], seconds: float = 10.0, speech_s: float = 8.0, max_tries: int = MAX_TRIES,
+    answers: dict[tuple[str, float], Decoded], seconds: float = 10.0, speech_s: float = 3.0, max_tries: int = MAX_TRIES,
     halves: tuple[str, ...] = ("left", "right"), asked: list | None = None,
 ) -> Guarded:  # fmt: skip
     async def decode(samples: str, temperature: float) -> Decoded:
@@ -167,7 +173,7 @@ def test_an_answer_without_doubt_is_asked_for_once():
     asked: list = []
     result = guard({("whole", 0.0): answer("It is raining.", -0.1)}, asked=asked)
     assert asked == [("whole", 0.0)]
-    assert result == Guarded("It is raining.", -0.1, compression_ratio("It is raining."), pytest.approx(0.2), 0.0, [])
+    assert result == Guarded("It is raining.", -0.1, compression_ratio("It is raining."), pytest.approx(0.7), 0.0, [])
 
 
 def test_shorter_windows_are_tried_next_and_put_together():
@@ -196,6 +202,15 @@ def test_sampling_comes_last_and_ends_with_the_first_answer_without_doubt():
     result = guard(ALL_LOOP | {("whole", 0.4): answer("It is raining.")}, asked=asked)
     assert asked == [("whole", 0.0), ("left", 0.0), ("right", 0.0), ("whole", 0.2), ("whole", 0.4)]
     assert (result.text, result.temperature, result.warnings) == ("It is raining.", 0.4, [])
+
+
+def test_a_sentence_that_is_missing_is_sought_in_windows_and_not_by_sampling():
+    missing, asked = {key: answer("再见。") for key in ALL_LOOP}, []
+    found = missing | {("right", 0.0): answer("今天是一月八号，星期二。")}
+    assert guard(found, speech_s=4.5, asked=asked).text == "再见。今天是一月八号，星期二。"
+    assert asked == [("whole", 0.0), ("left", 0.0), ("right", 0.0)]
+    assert guard(missing, speech_s=9.0, asked=asked).warnings == ["too_little"] and asked[3:] == asked[:3]
+    assert guard(missing, speech_s=4.5, halves=("whole",)).warnings == ["too_little"]
 
 
 def test_what_cannot_be_split_is_sampled_at_once():
@@ -247,7 +262,7 @@ def test_what_stands_before_a_loop_is_kept_however_little_time_there_is():
 
 def test_a_text_that_repeats_itself_but_fits_is_kept_whole():
     text = "We want cake! " * 9
-    assert guard(dict.fromkeys(ALL_LOOP, answer(text, finish_reason="length")), halves=()).text == text
+    assert guard(dict.fromkeys(ALL_LOOP, answer(text, finish_reason="length")), speech_s=8.0, halves=()).text == text
 
 
 def test_random_texts_lose_nothing_but_looping_tails():

@@ -249,7 +249,7 @@ def test_halves_are_cut_in_the_pause_and_a_short_clip_is_not(fluent):
     clip = fluent.samples[end - 4 * RATE : begin + 4 * RATE]
     first, second = halves(clip)
     assert np.array_equal(np.concatenate([first, second]), clip) and first.size % GRID == 0
-    assert min(first.size, second.size) >= clip.size // 4
+    assert min(first.size, second.size) >= clip.size // 6
     assert not in_word(end - 4 * RATE + first.size, fluent)
     assert len(halves(np.zeros(RATE + GRID, np.float32))) == 2 and len(halves(np.zeros(RATE - 1, np.float32))) == 1
 
