@@ -165,7 +165,7 @@ class Transcriber:
             await asyncio.gather(*running, return_exceptions=True)
 
     async def answer(self, segment: Segment) -> Answer:
-        """Decodes one segment, again where the guard doubts it."""
+        """Decodes one segment, again where the guard doubts it; a client's own limit is no reason to doubt."""
         outputs: dict[str, CompletionOutput] = {}
 
         async def decode(samples: np.ndarray, temperature: float) -> Decoded:
@@ -173,11 +173,14 @@ class Transcriber:
             outputs[output.text] = output
             count = max(1, len(output.token_ids))
             logprob = (output.cumulative_logprob or 0.0) / count
-            return Decoded(output.text.strip(), list(output.token_ids), logprob, output.finish_reason)
+            ended = "stop" if len(output.token_ids) == self.form.max_completion_tokens else output.finish_reason
+            return Decoded(output.text.strip(), list(output.token_ids), logprob, ended)
 
         rate = self.serving.asr_config.sample_rate
         guarded = await transcribe(segment.samples, segment.samples.size / rate, segment.speech_s, decode, halves)
         output = next((output for text, output in outputs.items() if text.strip() == guarded.text), None)
+        if output and output.finish_reason == "length" and "cut_off" not in guarded.warnings:
+            guarded = replace(guarded, warnings=[*guarded.warnings, "cut_off"])
         if self.hotwords and output and guarded.text:
             guarded, output = await self._with_hotwords(segment.samples, guarded, output)
         logprobs = self._logprobs(output) if output and self.form.include else []
@@ -299,8 +302,7 @@ def render(form: Form, answers: list[Answer], text: str, progress: Progress) -> 
 
 def segment_event(answer: Answer, index: int) -> dict:
     """OpenAI's event for a segment, whose speaker is unknown, with what verbose_json says of it and its subtitle cues."""
-    segment = answer.segment
-    shown = cues(segment.start_s, segment.end_s, answer.guarded.text)
+    shown = cues(answer.start_s, answer.end_s, answer.guarded.text)
     rounded = [{"start": round(cue.start_s, 3), "end": round(cue.end_s, 3), "text": cue.text} for cue in shown]
     return {"type": "transcript.text.segment", **verbose(answer, index), "id": str(index), "speaker": "", "cues": rounded}
 

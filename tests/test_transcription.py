@@ -213,6 +213,17 @@ def test_each_chunking_strategy_of_the_client_is_taken(client, strategy):
     assert words(create(client, chunking_strategy=strategy).text) == words(expected_text(SAMPLE))
 
 
+def test_a_clients_own_limit_ends_the_text_and_is_told_but_no_reason_to_try_again(server, client):
+    def tokens() -> float:
+        metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+        return sum(map(float, re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)))
+
+    before = tokens()
+    given = create(client, response_format="verbose_json", extra_body={"max_completion_tokens": 3})
+    assert (given.segments[0].warnings, len(given.segments[0].tokens), tokens() - before) == (["cut_off"], 3, 3)
+    assert expected_text(SAMPLE).startswith(given.text)
+
+
 def test_vllms_sampling_fields_still_work(client):
     texts = {create(client, temperature=1.0, extra_body={"seed": seed, "top_p": 1.0}).text for seed in range(4)}
     again = {create(client, temperature=1.0, extra_body={"seed": seed, "top_p": 1.0}).text for seed in range(4)}
