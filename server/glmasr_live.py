@@ -20,10 +20,14 @@ from .glmasr_limits import Limits
 from .glmasr_live_metrics import Metrics
 from .glmasr_scribe import EngineFailed, Text
 from .glmasr_segments import Segment
+from .glmasr_subprotocol import KeyInSubprotocol
 from .glmasr_transcription import Form, Progress, Transcriber, known_language
 from .glmasr_vad import SAMPLING_RATE
 from .server_ws import PATH, Live
 
+# server/serve.py names the middleware by this module: were it not to load, vLLM would start without the plugin, but not
+# without its middleware.
+__all__ = ["KeyInSubprotocol", "LivePlugin"]
 DRAIN_S = 15.0  # for all sessions together, at the end
 
 

@@ -20,6 +20,7 @@ else:
 
 DECODE_S = 30  # for one decoding
 TRIES = 2  # of a final
+STEP = SAMPLING_RATE // 10  # of audio whose way to text is timed
 PARTIAL_S, PARTIAL_SHARE = 0.5, 0.1  # a partial every so many seconds, and seldomer the longer the window is
 log = logging.getLogger("vllm.glmasr.live")
 
@@ -56,6 +57,10 @@ class Meter(Protocol):
 
     def heard(self, seconds: float) -> None: ...
 
+    def held(self, more_bytes: int) -> None: ...
+
+    def word(self, seconds: float) -> None: ...
+
     def partial(self, seconds: float) -> None: ...
 
     def final(self, seconds: float) -> None: ...
@@ -81,16 +86,17 @@ class Item:
     agreement: Agreement = field(default_factory=Agreement)
     closed: str = ""  # text of the windows that have ended
     waiting: int = 0  # windows that have ended and have no text yet
-    partial_began: float = 0.0
     partial_end: int = 0  # place up to which the last partial heard
     quiet_partials: int = 0  # since the last speech
+    once: int = 0  # places up to which an answer has heard the item's audio, and a second one
+    twice: int = 0
     input_tokens: int | None = None
     output_tokens: int = 0
     failed: bool = False
     done: bool = False
 
     def __post_init__(self) -> None:
-        self.window = self.begin
+        self.window = self.once = self.twice = self.begin
 
     def count(self, answer: Text) -> str:
         if answer.input_tokens is not None:
@@ -158,7 +164,7 @@ class Scribe:
         """Decodes the window's samples (samples,) float32 in part, in a task of its own."""
         item.partial_end = end
         self.gate.free -= 1
-        self._partial = asyncio.create_task(self._decode_partial(item, samples))
+        self._partial = asyncio.create_task(self._decode_partial(item, samples, end))
         self._partial.add_done_callback(self._partial_done)
 
     def drop_partial(self) -> None:
@@ -170,7 +176,7 @@ class Scribe:
         if not task.cancelled() and (error := task.exception()):
             log.error("a partial failed", exc_info=error)
 
-    async def _decode_partial(self, item: Item, samples: np.ndarray) -> None:
+    async def _decode_partial(self, item: Item, samples: np.ndarray, end: int) -> None:
         began = time.monotonic()
         try:
             async with asyncio.timeout(DECODE_S):
@@ -182,6 +188,15 @@ class Scribe:
         self.meter.partial(time.monotonic() - began)
         if not item.done and not item.waiting and not item.failed:
             self._delta(item, item.agreement.partial(text))
+            self._told(item, item.once, end, began)
+            item.once = end
+
+    def _told(self, item: Item, upto: int, end: int, arrived: float) -> None:
+        """Notes how long ago the audio up to `upto` came, which enough answers have now heard; `end` came at `arrived`."""
+        now = time.monotonic()
+        for place in range(item.twice, upto, STEP):
+            self.meter.word(now - arrived + (end - place) / SAMPLING_RATE)
+        item.twice = max(item.twice, upto)
 
     # --- finals -------------------------------------------------------------------------------------------
 
@@ -200,8 +215,8 @@ class Scribe:
 
         await self._jobs.put((item, work))
 
-    async def finish(self, item: Item, samples: np.ndarray, speech_s: float, whole: bool, seconds: float) -> None:
-        """The item has ended. `samples` are all its audio where `whole`, else those of its last window."""
+    async def finish(self, item: Item, samples: np.ndarray, speech_s: float, whole: bool, seconds: float, spoken: int) -> None:
+        """The item has ended. `samples` are all its audio where `whole`, else those of its last window; `spoken` is where its speech ended."""
         self.drop_partial()
         item.done = True
         self._items[item.id] = item
@@ -216,6 +231,7 @@ class Scribe:
                 self._delta(item, item.agreement.close_window(text))
                 text = item.closed + joint(item.closed, text)
             self.meter.final(time.monotonic() - began)
+            self._told(item, spoken, item.begin + round(seconds * SAMPLING_RATE), began)
             del self._items[item.id]
             self.send(event(f"{TRANSCRIPTION}.completed", item_id=item.id, content_index=0,
                             transcript=text, usage=item.usage(seconds)))  # fmt: skip

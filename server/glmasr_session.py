@@ -85,6 +85,7 @@ class Session:
         self._item: Item | None = None
         self._previous: str | None = None  # the last committed item
         self._floor = 0  # audio before it has been used
+        self._held = 0  # bytes of audio, as reported
         self._spoken = [0, 0]  # samples of speech before the item, and before its window
         self._listen()
 
@@ -116,6 +117,7 @@ class Session:
                 await self._say_goodbye(reader, writer, self._ending.result())
         finally:
             self.shared.voices.streams -= 1
+            self.shared.meter.held(-self._held)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -304,7 +306,7 @@ class Session:
             self.send(events.event(f"conversation.item.{name}", item=events.item(item.id), previous_item_id=previous))
         whole = heard - item.begin <= WHOLE
         samples = self.recording.clip(item.begin if whole else item.window, heard)
-        await self.scribe.finish(item, samples, self._speech_s(0 if whole else 1), whole, (end - item.begin) / SAMPLING_RATE)
+        await self.scribe.finish(item, samples, self._speech_s(0 if whole else 1), whole, (end - item.begin) / SAMPLING_RATE, min(end, self.turns.last))
 
     def _clear(self) -> None:
         self.scribe.drop_partial()
@@ -321,3 +323,5 @@ class Session:
             self.recording.forget(max(self._floor, self.turns.place - 2 * SAMPLING_RATE))
         elif self.turns.place - self._item.begin > WHOLE + SAMPLING_RATE:
             self.recording.forget(self._item.window)
+        self.shared.meter.held(self.recording.bytes - self._held)
+        self._held = self.recording.bytes

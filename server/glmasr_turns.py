@@ -60,7 +60,7 @@ class Turns:
 
     def end(self) -> None:
         """The client has ended the turn."""
-        self.speaking, self._over = False, 0
+        self.speaking, self._over = False, -LAG // CHUNK  # for so long the probability may be that of what has ended
 
     def cut(self) -> int:
         """Where to cut a turn that has become too long: where speech was least likely of late, the last of equals."""

@@ -63,6 +63,11 @@ class Recording:
         """So far."""
         return (self._first + len(self._data) // 2) * SAMPLING_RATE // self.rate
 
+    @property
+    def bytes(self) -> int:
+        """That are held."""
+        return len(self._data)
+
     def add(self, samples: np.ndarray) -> np.ndarray:
         """Keeps (samples,) int16; gives what the detector should hear of it, (samples,) float32 at 16 kHz."""
         self._data += samples.tobytes()

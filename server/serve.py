@@ -38,7 +38,7 @@ OPEN_KEY = "EMPTY"  # this key means that none is asked for
 # takes windows for cached that the engine never got, and answers the next request for them without text.
 # Nor of prompts: they begin with the audio, of which every sample would have to be hashed.
 ADMISSION = ["--middleware", "vllm.entrypoints.serve.middleware.glmasr_admission.Admission"]
-SUBPROTOCOL = ["--middleware", "vllm.model_executor.models.glmasr_subprotocol.KeyInSubprotocol"]
+SUBPROTOCOL = ["--middleware", "vllm.model_executor.models.glmasr_live.KeyInSubprotocol"]
 FLAGS = ["--mm-processor-cache-gb", "0", "--no-enable-prefix-caching", *ADMISSION, *SUBPROTOCOL]
 # Environment variable → default: requests at once, of all API processes together (7 s of audio take 1 MB there, 30 s
 # take 4 MB), and the size and length of one file to transcribe.

@@ -1,7 +1,6 @@
 """A live session as the official client has it, for tests: every event is checked against the client's own types."""
 
 import base64
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -123,4 +122,4 @@ def figures(server: Server) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
 
 
-__all__ = ["RATE", "TRANSCRIPTION", "Session", "figures", "json", "pcm", "session"]
+__all__ = ["RATE", "TRANSCRIPTION", "Session", "figures", "pcm", "session"]

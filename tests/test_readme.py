@@ -33,6 +33,7 @@ ELSEWHERE = {
     "MODEL=./model make serve": None,  # the full weights are to be had on the hub only
     "MODEL=./GLM-ASR-Nano-2512 make serve": None,
     "source .venv/bin/activate": None,  # the tests run in that environment
+    "python server/server_ws.py --upstream http://localhost:8300 --port 8301": None,  # does not end; tests/test_live_limits.py
     "python -m http.server 8000 --directory wavs": None,  # does not end; `served_files` runs it on a free port
     "docker build -t vllm-glmasr:latest .": (DOCKER_TEST, "docker build"),
     "docker-compose up -d": (DOCKER_TEST, "$compose config --quiet"),  # itself only on a machine with a GPU
@@ -142,6 +143,8 @@ def test_a_command_gives_the_expected_text(block: str, server: Server) -> None:
     elif "test_vllm_api.py" in block:
         assert f"{len(WAVS)} of {len(WAVS)} right" in printed and "1 of 1 right" in printed
         assert all(expected_text(wav) in printed for wav in WAVS)
+    elif "live_captions.py" in block:
+        assert printed.strip() == expected_answer(block)
     elif "transcribe.py" in block:
         for wav in WAVS:
             written = Path("/tmp/transcripts", wav.stem)
@@ -161,7 +164,7 @@ def test_a_python_snippet_prints_the_expected_text(snippet: str, server: Server)
 
 def test_every_kind_of_use_has_a_command_that_runs() -> None:
     for part in ("input_audio", "data:audio/wav", "/en_french.wav\"}}", "<|audio|><|audio|>", "describe", '"stream": true',
-                 "/v1/audio/transcriptions", "test_vllm_api.py", "transcribe.py", "hf_demo.py", "registry.py --check"):  # fmt: skip
+                 "/v1/audio/transcriptions", "test_vllm_api.py", "transcribe.py", "live_captions.py", "hf_demo.py", "registry.py --check"):  # fmt: skip
         assert any(part in block for block in RUNNABLE), f"no command of README's that runs here has {part!r}"
     for part in ("chat.completions", "audio.transcriptions", "AutoModelForCausalLM"):
         assert any(part in snippet for snippet in SNIPPETS), f"no snippet of README's has {part!r}"
