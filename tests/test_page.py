@@ -69,7 +69,7 @@ def test_a_dropped_file_gives_a_transcript_and_downloads_that_parse(page: Page, 
     assert letters("".join(cue.plaintext for cue in cues)) == letters("".join(cue.text for cue in captions)) == letters(text)
     files = {"file": (LONG.name, LONG.read_bytes())}
     for name, downloaded in (("srt", srt), ("vtt", vtt)):
-        answer = httpx.post(f"{server.url}/v1/audio/transcriptions", files=files, data={"response_format": name}, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/audio/transcriptions", files=files, data={"response_format": name}, timeout=120)
         assert downloaded == answer.text
     whole = json.loads(page.download("#file-actions", "json"))
     assert whole["text"] + "\n" == text and whole["language"] == "english"
