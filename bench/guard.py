@@ -132,7 +132,7 @@ def invented(said: str, text: str) -> int:
 
 def heard(said: str, text: str) -> int:
     """Words and Chinese characters of what was said that `text` has, in their order."""
-    return sum(block.size for block in Levenshtein.matching_blocks(units(said), units(text)))
+    return sum(block.size for block in Levenshtein.editops(units(said), units(text)).as_matching_blocks())
 
 
 def lost(said: str, plain: str, guarded: str) -> int:

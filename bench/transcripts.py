@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 import held_out  # noqa: E402
 
 MAX_TOKENS = 300  # of an answer
-TIMEOUT_S = 120  # of one request
+TIMEOUT_S = 600  # of one request
 
 
 def held_out_clips(count: int) -> list[held_out.Clip]:
