@@ -101,11 +101,12 @@ class LivePlugin:
 def draining(shutdown: Callable[..., None], live: Live, loop: asyncio.AbstractEventLoop) -> Callable[..., None]:
     """vLLM's shutdown of the engine, which it calls in a thread after SIGTERM, once the sessions have ended.
 
-    vLLM has no hook for that moment: the HTTP server's own shutdown comes when the engine is gone.
+    vLLM has no hook for that moment: the HTTP server's own shutdown comes when the engine is gone. It calls this once more
+    on the event loop, which must not wait for itself.
     """
 
     def after_sessions(*args, **options) -> None:
-        if loop.is_running():
+        if loop.is_running() and not live.closing:
             try:
                 asyncio.run_coroutine_threadsafe(live.drain(), loop).result(DRAIN_S)
             except TimeoutError:

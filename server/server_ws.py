@@ -36,6 +36,7 @@ else:
 
 PATH = "/v1/realtime"
 RETRY_AFTER_S = 5
+CLOSE_S = 2.0  # for a client to answer the closing
 SHUTDOWN = Ending(1012, "server shutting down")
 log = logging.getLogger("vllm.glmasr.live")
 
@@ -59,9 +60,14 @@ class Sock:
             raise ConnectionError(str(error)) from error
 
     async def close(self, code: int, reason: str) -> None:
-        if self.websocket.application_state == WebSocketState.CONNECTED:
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client was quicker
+        """Waits for the client's answer: uvicorn does not see it while messages before it have not been taken."""
+        if self.websocket.application_state != WebSocketState.CONNECTED:
+            return
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the client was quicker, or never answers
+            async with asyncio.timeout(CLOSE_S):
                 await self.websocket.close(code, reason)
+                while await self.receive() is not None:
+                    pass
 
 
 class Live:
