@@ -95,7 +95,19 @@ class LivePlugin:
         if answering is not self.route:
             raise RuntimeError(f"{PATH} is answered by {answering}, not by {self.route}")
         self.live = Live(Limits.read(processes=args.api_server_count or 1), Metrics())
+        self.pings = asyncio.create_task(without_ping_deadline(state))
         engine_client.shutdown = draining(engine_client.shutdown, self.live, asyncio.get_running_loop())
+
+
+async def without_ping_deadline(state: State) -> None:
+    """Lets a client's pong be late: behind audio that comes faster than it can be worked, it is read with the audio.
+
+    A client that is away without having said so is left by MAX_IDLE_S. vLLM has no option for this, and makes the HTTP
+    server after all plugins.
+    """
+    while not hasattr(state, "server"):
+        await asyncio.sleep(0.01)
+    state.server.config.ws_ping_timeout = None
 
 
 def draining(shutdown: Callable[..., None], live: Live, loop: asyncio.AbstractEventLoop) -> Callable[..., None]:

@@ -173,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     live, upstreams = Live(Limits.read(), Metrics()), Upstreams(args.upstream)
     made = app(live, lambda websocket: upstreams.engine(websocket.headers.get("authorization")), upstreams.close)
-    Draining(uvicorn.Config(made, host=args.host, port=args.port), live).run()
+    Draining(uvicorn.Config(made, host=args.host, port=args.port, ws_ping_timeout=None), live).run()
 
 
 if __name__ == "__main__":
