@@ -95,17 +95,30 @@ class LivePlugin:
         if answering is not self.route:
             raise RuntimeError(f"{PATH} is answered by {answering}, not by {self.route}")
         self.live = Live(Limits.read(processes=args.api_server_count or 1), Metrics())
+        self.pings = asyncio.create_task(without_ping_deadline(state))
         engine_client.shutdown = draining(engine_client.shutdown, self.live, asyncio.get_running_loop())
+
+
+async def without_ping_deadline(state: State) -> None:
+    """Lets a client's pong be late: behind audio that comes faster than it can be worked, it is read with the audio.
+
+    A client that is away without having said so is left by MAX_IDLE_S. vLLM has no option for this, and makes the HTTP
+    server after all plugins.
+    """
+    while not hasattr(state, "server"):
+        await asyncio.sleep(0.01)
+    state.server.config.ws_ping_timeout = None
 
 
 def draining(shutdown: Callable[..., None], live: Live, loop: asyncio.AbstractEventLoop) -> Callable[..., None]:
     """vLLM's shutdown of the engine, which it calls in a thread after SIGTERM, once the sessions have ended.
 
-    vLLM has no hook for that moment: the HTTP server's own shutdown comes when the engine is gone.
+    vLLM has no hook for that moment: the HTTP server's own shutdown comes when the engine is gone. It calls this once more
+    on the event loop, which must not wait for itself.
     """
 
     def after_sessions(*args, **options) -> None:
-        if loop.is_running():
+        if loop.is_running() and not live.closing:
             try:
                 asyncio.run_coroutine_threadsafe(live.drain(), loop).result(DRAIN_S)
             except TimeoutError:

@@ -32,7 +32,7 @@ QUIET = SAMPLING_RATE // 5  # so long after speech there is nothing new to decod
 LONG_SILENCE_MS = 1000  # where a turn ends after more than that, its last words are shown before
 MOST_EVENTS = 1000  # that wait for a client to read
 SEND_S = 5.0  # for a client to take an event
-DRAIN_S = 5.0  # for finals in flight, when a session is ended from here
+DRAIN_S = 8.0  # for finals in flight, when a session is ended from here
 
 
 class Socket(Protocol):

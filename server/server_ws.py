@@ -36,6 +36,7 @@ else:
 
 PATH = "/v1/realtime"
 RETRY_AFTER_S = 5
+CLOSE_S = 2.0  # for a client to answer the closing
 SHUTDOWN = Ending(1012, "server shutting down")
 log = logging.getLogger("vllm.glmasr.live")
 
@@ -59,9 +60,14 @@ class Sock:
             raise ConnectionError(str(error)) from error
 
     async def close(self, code: int, reason: str) -> None:
-        if self.websocket.application_state == WebSocketState.CONNECTED:
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client was quicker
+        """Waits for the client's answer: uvicorn does not see it while messages before it have not been taken."""
+        if self.websocket.application_state != WebSocketState.CONNECTED:
+            return
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the client was quicker, or never answers
+            async with asyncio.timeout(CLOSE_S):
                 await self.websocket.close(code, reason)
+                while await self.receive() is not None:
+                    pass
 
 
 class Live:
@@ -167,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     live, upstreams = Live(Limits.read(), Metrics()), Upstreams(args.upstream)
     made = app(live, lambda websocket: upstreams.engine(websocket.headers.get("authorization")), upstreams.close)
-    Draining(uvicorn.Config(made, host=args.host, port=args.port), live).run()
+    Draining(uvicorn.Config(made, host=args.host, port=args.port, ws_ping_timeout=None), live).run()
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def turns(one: Session) -> list[tuple[str, str]]:
 
 def test_a_turn_by_server_vad_goes_through_its_events_in_order(server):
     with session(server) as one:
-        one.stream(pcm(speech()), pace=2)
+        one.stream(pcm(speech()), pace=0.6)
         done = one.wait(f"{TRANSCRIPTION}.completed")
         order = [kind for kind in one.kinds() if kind != "delta"]
         assert order == ["session.created", "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", *COMMIT, "completed"]
