@@ -57,10 +57,9 @@ async def send(connection: AsyncRealtimeConnection, pieces: AsyncIterator[bytes]
 async def show(connection: AsyncRealtimeConnection, sent: asyncio.Task) -> None:
     """Prints text as it comes, a line for each turn, until all was sent and answered."""
     pending: set[str] = set()
-    events = aiter(connection)
     while pending or not sent.done():
         try:
-            event = await asyncio.wait_for(anext(events), PATIENCE_S if sent.done() else 1)
+            event = await asyncio.wait_for(connection.recv(), PATIENCE_S if sent.done() else 1)
         except TimeoutError:
             if sent.done():
                 return
