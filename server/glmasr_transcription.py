@@ -33,7 +33,7 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from .glmasr_decode import decode_blocks
-from .glmasr_guard import Decoded, Guarded, compression_ratio, max_tokens, transcribe
+from .glmasr_guard import MIN_SPEECH_S, Decoded, Guarded, compression_ratio, max_tokens, transcribe
 from .glmasr_hotwords import parse_hotwords
 from .glmasr_names import Token, with_hotwords
 from .glmasr_segments import Cutting, Segment, Segmenter, halves
@@ -169,7 +169,8 @@ class Transcriber:
         outputs: dict[str, CompletionOutput] = {}
 
         async def decode(samples: np.ndarray, temperature: float) -> Decoded:
-            output = await self._generate(samples, max(temperature, self.form.temperature))
+            is_doubtful = bool(outputs) or segment.speech_s < MIN_SPEECH_S  # then it counts how sure the model is
+            output = await self._generate(samples, max(temperature, self.form.temperature), logprobs=is_doubtful)
             outputs[output.text] = output
             count = max(1, len(output.token_ids))
             logprob = (output.cumulative_logprob or 0.0) / count
@@ -205,7 +206,7 @@ class Transcriber:
         return [(begin - led, end - led, of_token[token_id].logprob) for begin, end, token_id, of_token in chosen]
 
     async def _generate(
-        self, samples: np.ndarray, temperature: float, bias: dict[str, Any] | None = None
+        self, samples: np.ndarray, temperature: float, bias: dict[str, Any] | None = None, logprobs: bool = False
     ) -> CompletionOutput:
         serving, form = self.serving, self.form
         stt = form.build_stt_params(samples, serving.asr_config, serving.model_config, "transcribe")
@@ -215,7 +216,7 @@ class Transcriber:
         params.temperature = temperature
         params.output_kind = RequestOutputKind.FINAL_ONLY
         params.extra_args = {**(form.vllm_xargs or {}), **(bias or {})} or None
-        wanted = form.include or form.response_format == "verbose_json" or temperature > 0 or self.hotwords
+        wanted = logprobs or form.include or form.response_format == "verbose_json" or self.hotwords
         params.logprobs = 0 if wanted else None
         self.asked += 1
         generator = serving.engine_client.generate(engine_input, params, f"{self.request_id}-{self.asked}")

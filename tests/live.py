@@ -12,6 +12,7 @@ from conftest import Server
 from openai import OpenAI
 from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
+from websockets.exceptions import ConnectionClosed
 
 RATE = 24000
 CHECKED = TypeAdapter(RealtimeServerEvent)
@@ -41,7 +42,7 @@ class Session:
         while True:
             try:
                 raw = self.connection.recv_bytes()
-            except Exception as error:  # noqa: BLE001 - the end of the connection, which the tests look at
+            except (ConnectionClosed, OSError) as error:  # the end of the connection, which the tests look at
                 with self._news:
                     self.closed = error
                     self._news.notify_all()
