@@ -29,6 +29,7 @@ from .server_ws import PATH, Live
 # without its middleware.
 __all__ = ["KeyInSubprotocol", "LivePlugin"]
 DRAIN_S = 15.0  # for all sessions together, at the end
+LINGER_S = 3  # for connections, after that
 
 
 class VllmEngine:
@@ -95,19 +96,20 @@ class LivePlugin:
         if answering is not self.route:
             raise RuntimeError(f"{PATH} is answered by {answering}, not by {self.route}")
         self.live = Live(Limits.read(processes=args.api_server_count or 1), Metrics())
-        self.pings = asyncio.create_task(without_ping_deadline(state))
+        self.configured = asyncio.create_task(configure_http_server(state))
         engine_client.shutdown = draining(engine_client.shutdown, self.live, asyncio.get_running_loop())
 
 
-async def without_ping_deadline(state: State) -> None:
-    """Lets a client's pong be late: behind audio that comes faster than it can be worked, it is read with the audio.
+async def configure_http_server(state: State) -> None:
+    """Lets a client's pong be late, and a connection that does not close hold up the end for `LINGER_S` only.
 
-    A client that is away without having said so is left by MAX_IDLE_S. vLLM has no option for this, and makes the HTTP
-    server after all plugins.
+    Behind audio that comes faster than it can be worked, a pong is read with the audio; a client that is away without having
+    said so is left by MAX_IDLE_S. vLLM has no options for these, and makes the HTTP server after all plugins.
     """
     while not hasattr(state, "server"):
         await asyncio.sleep(0.01)
-    state.server.config.ws_ping_timeout = None
+    config = state.server.config
+    config.ws_ping_timeout, config.timeout_graceful_shutdown = None, LINGER_S
 
 
 def draining(shutdown: Callable[..., None], live: Live, loop: asyncio.AbstractEventLoop) -> Callable[..., None]:

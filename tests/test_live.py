@@ -5,6 +5,7 @@ import base64
 import json
 import random
 import re
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -273,7 +274,7 @@ def test_nothing_is_left_of_connections_that_end_at_random(server):
         if mine.random() < 0.2:
             connection.send('{"type": "input_audio_buffer.commit"}')
         if mine.random() < 0.5:
-            connection.socket.close()
+            connection.socket.shutdown(socket.SHUT_RDWR)  # close() would wait for the thread that is reading
         else:
             connection.close()
 

@@ -147,7 +147,7 @@ def router(*arguments: str) -> Iterator[Server]:
         while not is_healthy(port):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        yield Server(f"http://127.0.0.1:{port}", 0, ROOT)
+        yield Server(f"http://127.0.0.1:{port}", 0, ROOT, process.pid)
     finally:
         process.terminate()
         assert process.wait(20) in (0, -signal.SIGTERM)

@@ -239,7 +239,7 @@ def train(model: nn.Module, corpus: GrowingCorpus, processor, args: argparse.Nam
         for batch in DataLoader(planner, batch_size=None, num_workers=args.planners, prefetch_factor=8):
             elapsed = time.monotonic() - began
             trainer.step(batch, spoken, min(1, elapsed / seconds))
-            if elapsed // REPORT_S > reports or elapsed >= seconds:
+            if trainer.steps == 1 or elapsed // REPORT_S > reports or elapsed >= seconds:
                 reports = elapsed // REPORT_S
                 bar.update(round(elapsed) - bar.n)
                 bar.write(f"{trainer.report(elapsed)} of {len(spoken.utterances)} utterances")
