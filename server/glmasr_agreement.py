@@ -8,9 +8,12 @@ import re
 from dataclasses import dataclass
 from itertools import takewhile
 
-CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+if __package__:
+    from .glmasr_guard import CJK, NO_SPACE
+else:
+    from glmasr_guard import CJK, NO_SPACE
+
 UNIT = re.compile(rf"[{CJK}]|[^\W{CJK}](?:[^\s{CJK}]*[^\W{CJK}])?")
-TIGHT = re.compile(rf"[{CJK}\u3000-\u303f\uff00-\uffef]")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def units(text: str) -> tuple[list[Unit], str]:
 def joint(before: str, text: str) -> str:
     """`text` as it follows `before`: behind a space, unless one side is CJK or nothing."""
     text = text.lstrip()
-    if not before or not text or before[-1].isspace() or TIGHT.match(before[-1]) or TIGHT.match(text):
+    if not before or not text or before[-1].isspace() or NO_SPACE.match(before[-1]) or NO_SPACE.match(text):
         return text
     return f" {text}"
 

@@ -8,15 +8,16 @@ import numpy as np
 
 if __package__:
     from .glmasr_events import Transcription
+    from .glmasr_guard import max_tokens
     from .glmasr_scribe import EngineFailed, Text
     from .glmasr_vad import SAMPLING_RATE
 else:
     from glmasr_events import Transcription
+    from glmasr_guard import max_tokens
     from glmasr_scribe import EngineFailed, Text
     from glmasr_vad import SAMPLING_RATE
 
 TIMEOUT_S = 60
-MOST_TOKENS_A_S, LEAST_TOKENS = 12, 16  # of a partial's answer, as the server's guard has it
 
 
 def wav(samples: np.ndarray) -> bytes:
@@ -76,5 +77,5 @@ class UpstreamEngine:
         return Text(await self.upstreams.ask(samples, asked, self.headers))
 
     async def partial(self, samples: np.ndarray, asked: Transcription) -> str:
-        most = LEAST_TOKENS + round(MOST_TOKENS_A_S * samples.size / SAMPLING_RATE)
+        most = max_tokens(samples.size / SAMPLING_RATE)
         return await self.upstreams.ask(samples, asked, self.headers, max_completion_tokens=str(most))
